@@ -1,0 +1,64 @@
+"""Continuous normalizing flows and neural ODEs in PyTorch, on one differentiable ODE core."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cnf import data as data
+    from cnf.error import InputError as InputError
+    from cnf.error import IntegrationError as IntegrationError
+    from cnf.flow.divergence import ClosedForm as ClosedForm
+    from cnf.flow.divergence import Hutchinson as Hutchinson
+    from cnf.flow.divergence import Tangents as Tangents
+    from cnf.flow.flow import Flow as Flow
+    from cnf.flow.objective import FlowMatching as FlowMatching
+    from cnf.flow.objective import MaximumLikelihood as MaximumLikelihood
+    from cnf.ode.control import Adaptive as Adaptive
+    from cnf.ode.control import FixedStep as FixedStep
+    from cnf.ode.gradient.adjoint import Adjoint as Adjoint
+    from cnf.ode.gradient.backprop import Backprop as Backprop
+    from cnf.ode.gradient.checkpoint import Checkpoint as Checkpoint
+    from cnf.ode.solution import Solution as Solution
+    from cnf.ode.solution import solve as solve
+    from cnf.ode.tableau import Tableau as Tableau
+
+__version__ = "0.1.0"
+
+# loaded when first used (PEP 562), so that `cnf --help` does not wait for torch
+_HOMES = {
+    "Adaptive": "cnf.ode.control",
+    "Adjoint": "cnf.ode.gradient.adjoint",
+    "Backprop": "cnf.ode.gradient.backprop",
+    "Checkpoint": "cnf.ode.gradient.checkpoint",
+    "ClosedForm": "cnf.flow.divergence",
+    "FixedStep": "cnf.ode.control",
+    "Flow": "cnf.flow.flow",
+    "FlowMatching": "cnf.flow.objective",
+    "Hutchinson": "cnf.flow.divergence",
+    "InputError": "cnf.error",
+    "IntegrationError": "cnf.error",
+    "MaximumLikelihood": "cnf.flow.objective",
+    "Solution": "cnf.ode.solution",
+    "Tableau": "cnf.ode.tableau",
+    "Tangents": "cnf.flow.divergence",
+    "solve": "cnf.ode.solution",
+}
+
+__all__ = [*_HOMES, "data"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+    elif name == "data":
+        value = import_module("cnf.data")
+    else:
+        raise AttributeError(f"module 'cnf' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

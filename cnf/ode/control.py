@@ -1,0 +1,93 @@
+"""How long a step is: frozen settings and pure functions on host numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cnf.error import InputError
+
+
+@dataclass(frozen=True)
+class FixedStep:
+    """Steps of one length, the last before each output time shortened to land on it.
+
+    step_size: > 0, in units of t.  Raises InputError for any other.
+    No value is read from the device while it steps.
+    """
+
+    step_size: float
+
+    def __post_init__(self) -> None:
+        _positive("step_size", self.step_size)
+
+    def fit(self, step: float, remaining: float) -> float:
+        """The step to take where `remaining` is left (both > 0); `remaining` itself lands."""
+        return remaining if remaining <= step * (1 + 1e-8) else step
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Steps as long as the estimated local error allows: |error| ≤ atol + rtol·|y| in RMS.
+
+    rtol, atol: tolerances of the state, ≥ 0 and not both 0; quadrature_atol: the absolute tolerance
+    of what is integrated along the path, in its own units, or None to leave it out of the choice;
+    safety, min_factor, max_factor: the next step is the last one times
+    safety·ratio^(−1/order) within these bounds; first_step: > 0, or None to choose it.
+    Raises InputError for values out of range.
+    Source: Hairer, Nørsett & Wanner, Solving ODEs I, section II.4.
+    """
+
+    rtol: float = 1e-5
+    atol: float = 1e-6
+    quadrature_atol: float | None = None
+    safety: float = 0.9
+    min_factor: float = 0.2
+    max_factor: float = 10.0
+    first_step: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise InputError(f"{name} must be a number ≥ 0, got {value!r}")
+        if self.rtol == 0 and self.atol == 0:
+            raise InputError("rtol and atol are both 0: no step could be accepted; set one of them")
+        if self.quadrature_atol is not None:
+            _positive("quadrature_atol", self.quadrature_atol)
+        if self.first_step is not None:
+            _positive("first_step", self.first_step)
+        if not 0 < self.safety <= 1 or not 0 < self.min_factor < 1 < self.max_factor:
+            raise InputError(
+                "expected 0 < safety ≤ 1 and 0 < min_factor < 1 < max_factor, got "
+                f"{self.safety!r}, {self.min_factor!r}, {self.max_factor!r}"
+            )
+
+    def fit(self, step: float, remaining: float) -> float:
+        """The step to take where `remaining` is left (both > 0); `remaining` itself lands."""
+        if remaining <= step * (1 + 1e-8):
+            return remaining
+        # two equal steps rather than a long one and a sliver
+        return remaining / 2 if remaining < 2 * step else step
+
+    def factor(self, ratio: float, order: int) -> float:
+        """What to multiply the step by, given error over tolerance; a NaN ratio shrinks it most."""
+        if ratio == 0.0:
+            return self.max_factor
+        if not math.isfinite(ratio):
+            return self.min_factor
+        grown = self.safety * ratio ** (-1.0 / order)
+        largest = self.max_factor if ratio <= 1.0 else 1.0
+        return min(max(grown, self.min_factor), largest)
+
+
+Control = FixedStep | Adaptive
+
+
+def _positive(name: str, value: float) -> None:
+    try:
+        good = math.isfinite(value) and value > 0
+    except TypeError:
+        good = False
+    if not good:
+        raise InputError(f"{name} must be a number > 0, got {value!r}")

@@ -1,0 +1,256 @@
+"""The one loop: steps from output time to output time, its counters and its record."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cnf.error import IntegrationError
+from cnf.ode.control import Adaptive, Control, FixedStep
+from cnf.ode.field import Evaluation
+from cnf.ode.method import Evaluate, Method, Step
+from cnf.ode.state import Leaves, bad_rows, combine, is_finite, largest, precise_dtype, rms
+
+
+@dataclass
+class Stats:
+    """What a solve cost: evaluations of the field forward and backward, steps taken and refused.
+
+    The backward count grows when `backward()` runs.
+    """
+
+    nfe: int = 0
+    nfe_backward: int = 0
+    accepted: int = 0
+    rejected: int = 0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """dy/dt = field(t, y) over strictly monotone host `times`, and how to solve it."""
+
+    field: Evaluate
+    times: tuple[float, ...]
+    method: Method
+    control: Control
+    max_steps: int
+
+    @property
+    def direction(self) -> float:
+        return math.copysign(1.0, self.times[-1] - self.times[0])
+
+    @property
+    def span(self) -> float:
+        return abs(self.times[-1] - self.times[0])
+
+
+class Accepted(NamedTuple):
+    """One accepted step: from (t, y) by h; rows are those of the batch that took it, None for all."""
+
+    rows: None
+    t: float
+    h: float
+    y: Leaves
+
+
+@dataclass
+class Trajectory:
+    """States and integrals at each output time.
+
+    record: the accepted steps, where they were kept; marks: how many there were at each output
+    time.
+    """
+
+    states: list[Leaves] = field(default_factory=list)
+    integrals: list[Leaves] = field(default_factory=list)
+    record: list[Accepted] = field(default_factory=list)
+    marks: list[int] = field(default_factory=list)
+
+
+def integrate(
+    problem: Problem,
+    y: Leaves,
+    stats: Stats,
+    *,
+    first: Evaluation | None = None,
+    keep: bool = False,
+) -> Trajectory:
+    """Solve from y at times[0] through all times; the graph follows where gradients are enabled.
+
+    first: the field at the start, where the caller has it; keep: whether to keep the record.
+    Raises IntegrationError where the state turns non-finite, the step vanishes or steps run out.
+    """
+    trajectory = _run(problem, y, stats, first=first, keep=keep)
+    if not is_finite((*trajectory.states[-1], *trajectory.integrals[-1])):
+        with torch.no_grad():  # once more, looking at every step, to say where
+            _run(problem, y, Stats(), keep=False, watch=True)
+        raise _failure("the solution is not finite", problem, problem.times[-1], 0.0, stats, [])
+    return trajectory
+
+
+def _run(
+    problem: Problem,
+    y: Leaves,
+    stats: Stats,
+    *,
+    keep: bool,
+    first: Evaluation | None = None,
+    watch: bool = False,
+) -> Trajectory:
+    evaluate = _Counted(problem.field, stats)
+    control, method, direction = problem.control, problem.method, problem.direction
+    estimate = isinstance(control, Adaptive)
+    t = problem.times[0]
+    if first is None:
+        first = evaluate(t, y)
+    size = _first_size(problem, evaluate, y, first)
+    out = Trajectory()
+    integral = tuple(torch.zeros_like(rate, dtype=precise_dtype(rate)) for rate in first.rates)
+    _arrive(out, y, integral, steps=0)
+    steps = 0
+    for target in problem.times[1:]:
+        while t != target:
+            if stats.accepted + stats.rejected >= problem.max_steps:
+                reason = f"max_steps={problem.max_steps} steps were not enough"
+                raise _failure(reason, problem, t, size, stats, out.states)
+            remaining = abs(target - t)
+            length = control.fit(size, remaining)
+            h = direction * length
+            if first is None:
+                first = evaluate(t, y)
+            step = method.step(evaluate, t, h, y, first, estimate)
+            if isinstance(control, Adaptive):
+                ratio = _error_ratio(step, y, control).item()  # the one device-to-host read
+                grown = length * control.factor(ratio, method.order)
+                if not ratio <= 1.0:
+                    stats.rejected += 1
+                    size = grown
+                    _look(ratio, problem, t, size, y, first, stats, out)
+                    continue
+                # a step cut short to land says little about how long the next may be
+                size = grown if length == size else max(size, grown)
+            elif watch and not is_finite((*step.y, *step.increment)):
+                reason = "the state or the field turned non-finite"
+                rows = bad_rows(step.y)
+                raise _failure(reason, problem, t, h, stats, out.states, rows)
+            if keep:
+                out.record.append(Accepted(None, t, h, y))
+            stats.accepted += 1
+            steps += 1
+            t = target if length == remaining else t + h
+            y, first = step.y, step.last
+            integral = tuple(
+                total + part.to(total.dtype)
+                for total, part in zip(integral, step.increment, strict=True)
+            )
+            if watch and not is_finite(integral):
+                raise _failure("a rate turned non-finite", problem, t, h, stats, out.states)
+        _arrive(out, y, integral, steps)
+    return out
+
+
+class _Counted:
+    """A field that counts its evaluations."""
+
+    def __init__(self, field: Evaluate, stats: Stats) -> None:
+        self._field, self._stats = field, stats
+
+    def __call__(self, t: float, y: Leaves) -> Evaluation:
+        self._stats.nfe += 1
+        return self._field(t, y)
+
+
+def _arrive(out: Trajectory, y: Leaves, integral: Leaves, steps: int) -> None:
+    out.states.append(y)
+    out.integrals.append(integral)
+    out.marks.append(steps)
+
+
+@torch.no_grad()
+def _error_ratio(step: Step, y: Leaves, control: Adaptive) -> Tensor:
+    """Estimated error over tolerance, 0-d: the largest RMS over the state's leaves and integrals."""
+    ratios = [
+        rms(error / torch.maximum(y0.abs(), y1.abs()).mul_(control.rtol).add_(control.atol))
+        for error, y0, y1 in zip(step.error, y, step.y, strict=True)
+    ]
+    if control.quadrature_atol is not None:
+        ratios += [rms(error) / control.quadrature_atol for error in step.increment_error]
+    return largest(ratios)
+
+
+@torch.no_grad()
+def _first_size(problem: Problem, evaluate: Evaluate, y: Leaves, first: Evaluation) -> float:
+    """The first step to try.  Source: Hairer, Nørsett & Wanner I, section II.4, starting step."""
+    control, span = problem.control, problem.span
+    if isinstance(control, FixedStep):
+        return control.step_size
+    if control.first_step is not None:
+        return min(control.first_step, span)
+    scales = tuple(leaf.abs().mul_(control.rtol).add_(control.atol) for leaf in y)
+    height, slope = torch.stack([_norm(y, scales), _norm(first.slope, scales)]).tolist()
+    trial = 0.01 * height / slope if height > 1e-5 and slope > 1e-5 else 1e-6 * span
+    trial = min(trial, span)
+    if not math.isfinite(trial) or trial == 0.0:
+        return span  # nothing to go by: the loop will shrink it, or say what is wrong
+    h = problem.direction * trial
+    ahead = tuple(combine(leaf, [k], [1.0], h) for leaf, k in zip(y, first.slope, strict=True))
+    then = evaluate(problem.times[0] + h, ahead)
+    change = tuple(k1 - k0 for k0, k1 in zip(first.slope, then.slope, strict=True))
+    steepest = max(slope, _norm(change, scales).item() / trial)
+    if steepest <= 1e-15:
+        return span  # the field stands still here
+    guess = (0.01 / steepest) ** (1 / problem.method.order)
+    return min(100 * trial, guess, span) if math.isfinite(guess) else trial
+
+
+def _norm(leaves: Leaves, scales: Leaves) -> Tensor:
+    return largest([rms(leaf / scale) for leaf, scale in zip(leaves, scales, strict=True)])
+
+
+def _look(
+    ratio: float,
+    problem: Problem,
+    t: float,
+    size: float,
+    y: Leaves,
+    first: Evaluation,
+    stats: Stats,
+    out: Trajectory,
+) -> None:
+    """After a refused step: go on, or say why no step will do."""
+    if not math.isfinite(ratio) and not is_finite((*first.slope, *first.rates)):
+        reason = "the field returned a non-finite value"
+        raise _failure(reason, problem, t, size, stats, out.states, bad_rows(first.slope))
+    if size < 1e-13 * max(abs(problem.times[0]), abs(problem.times[-1]), problem.span):
+        reason = "the step vanished"
+        rows = [] if math.isfinite(ratio) else bad_rows(y)
+        raise _failure(reason, problem, t, size, stats, out.states, rows)
+
+
+def _failure(
+    reason: str,
+    problem: Problem,
+    t: float,
+    step: float,
+    stats: Stats,
+    reached: Sequence[Leaves],
+    rows: Sequence[int] = (),
+) -> IntegrationError:
+    where = f" (rows {', '.join(map(str, rows))})" if rows else ""
+    if isinstance(problem.control, FixedStep):
+        remedy = "a smaller step_size, bounded weights in the field, or inputs of unit scale"
+    else:
+        remedy = "a larger atol and rtol, a smoother field, inputs of unit scale, or more max_steps"
+    return IntegrationError(
+        f"{reason}{where} at t={t:.6g} with step {abs(step):.2g} of {problem.method.name}, after "
+        f"{stats.nfe} evaluations; the solution may blow up or be stiff there: try {remedy}",
+        t=t,
+        step=abs(step),
+        nfe=stats.nfe,
+        partial=list(reached),
+    )

@@ -1,0 +1,150 @@
+"""A state is a tensor, or a tuple, list or dict of states; inside the core, a tuple of leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnf.error import InputError
+
+Leaves = tuple[Tensor, ...]
+
+
+class Structure:
+    """How a user's state is made of tensors: `leaves` takes one apart, `build` makes another.
+
+    Raises InputError for a state without a tensor or with anything else in it.
+    """
+
+    def __init__(self, example: Any, name: str = "y0") -> None:
+        self._shape = _shape_of(example, name)
+
+    def leaves(self, state: Any, name: str = "the state") -> Leaves:
+        """The tensors of `state`, in order; raises InputError where it is built differently."""
+        return tuple(_leaves(self._shape, state, name))
+
+    def build(self, leaves: Sequence[Tensor]) -> Any:
+        """A state of this structure from its leaves."""
+        return _build(self._shape, iter(leaves))
+
+
+def combine(y: Tensor, slopes: Sequence[Tensor], weights: Sequence[float], h: float) -> Tensor:
+    """y + h Σ weights_i slopes_i, of y's shape and dtype; never changes y.
+
+    The sum grows in place: no kernel saves it for backward, so one form serves with a graph and
+    without.
+    """
+    total: Tensor | None = None
+    for slope, weight in zip(slopes, weights, strict=False):
+        if weight == 0.0:
+            continue
+        if total is None:
+            total = torch.add(y, slope, alpha=h * weight)
+        else:
+            total.add_(slope, alpha=h * weight)
+    return y if total is None else total
+
+
+def weighted_sum(slopes: Sequence[Tensor], weights: Sequence[float], h: float) -> Tensor:
+    """h Σ weights_i slopes_i, of the slopes' shape and dtype."""
+    total: Tensor | None = None
+    for slope, weight in zip(slopes, weights, strict=False):
+        if weight == 0.0:
+            continue
+        if total is None:
+            total = slope * (h * weight)
+        else:
+            total.add_(slope, alpha=h * weight)
+    return torch.zeros_like(slopes[0]) if total is None else total
+
+
+def rms(x: Tensor) -> Tensor:
+    """Root mean square of all entries, a 0-d real tensor; 0 for an empty one."""
+    return torch.linalg.vector_norm(x) / max(x.numel(), 1) ** 0.5
+
+
+def largest(values: Sequence[Tensor]) -> Tensor:
+    """The largest of some 0-d tensors; NaN where one of them is."""
+    return values[0] if len(values) == 1 else torch.stack([v.double() for v in values]).amax()
+
+
+def is_finite(leaves: Leaves) -> bool:
+    """Whether every entry is finite: one device-to-host read."""
+    if not leaves:
+        return True
+    return bool(torch.stack([torch.isfinite(leaf).all() for leaf in leaves]).all())
+
+
+def precise_dtype(leaf: Tensor) -> torch.dtype:
+    """float64, or complex128 for complex leaves; the leaf's own dtype where a device has neither."""
+    if leaf.device.type == "mps":
+        return leaf.dtype
+    return torch.complex128 if leaf.dtype.is_complex else torch.float64
+
+
+def bad_rows(leaves: Leaves, most: int = 5) -> list[int]:
+    """The first few rows that hold a non-finite entry; empty where leaves share no batch."""
+    sizes = {leaf.shape[0] if leaf.ndim else -1 for leaf in leaves}
+    if len(sizes) != 1 or -1 in sizes:
+        return []
+    finite = torch.stack(
+        [
+            torch.isfinite(leaf).flatten(1).all(1) if leaf.ndim > 1 else torch.isfinite(leaf)
+            for leaf in leaves
+        ]
+    ).all(0)
+    return torch.nonzero(~finite).flatten()[:most].tolist()
+
+
+def _shape_of(example: Any, name: str) -> Any:
+    if isinstance(example, Tensor):
+        return None
+    if isinstance(example, tuple | list) and example:
+        return tuple(_shape_of(part, name) for part in example)
+    if isinstance(example, dict) and example:
+        return {key: _shape_of(part, name) for key, part in example.items()}
+    raise InputError(
+        f"{name} must be a tensor, or a tuple or dict of tensors, got {type(example).__name__}"
+    )
+
+
+def _leaves(shape: Any, state: Any, name: str) -> Iterator[Tensor]:
+    if shape is None:
+        if not isinstance(state, Tensor):
+            raise InputError(f"{name} must hold a tensor here, got {type(state).__name__}")
+        yield state
+    elif isinstance(shape, tuple):
+        if not isinstance(state, tuple | list) or len(state) != len(shape):
+            raise InputError(
+                f"{name} must be a tuple of {len(shape)} parts like y0, got {_describe(state)}"
+            )
+        for part_shape, part in zip(shape, state, strict=True):
+            yield from _leaves(part_shape, part, name)
+    else:
+        if not isinstance(state, dict) or state.keys() != shape.keys():
+            raise InputError(
+                f"{name} must be a dict with the keys {list(shape)} like y0, got {_describe(state)}"
+            )
+        for key, part_shape in shape.items():
+            yield from _leaves(part_shape, state[key], name)
+
+
+def _describe(state: Any) -> str:
+    if isinstance(state, Tensor):
+        return f"a tensor of shape {tuple(state.shape)}"
+    if isinstance(state, tuple | list):
+        return f"{len(state)} parts"
+    if isinstance(state, dict):
+        return f"the keys {list(state)}"
+    return type(state).__name__
+
+
+def _build(shape: Any, leaves: Iterator[Tensor]) -> Any:
+    if shape is None:
+        return next(leaves)
+    if isinstance(shape, tuple):
+        return tuple(_build(part, leaves) for part in shape)
+    return {key: _build(part, leaves) for key, part in shape.items()}

@@ -1,0 +1,184 @@
+"""Explicit Runge–Kutta methods as frozen data: coefficients, order, error weights.
+
+Sources: Hairer, Nørsett & Wanner, Solving Ordinary Differential Equations I, chapter II;
+Bogacki & Shampine 1989; Dormand & Prince 1980; Tsitouras 2011.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import fsum
+
+from cnf.error import InputError
+
+Row = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Tableau:
+    """An explicit Runge–Kutta method: y1 = y + h Σ b_i k_i, k_i = f(t + c_i h, y + h Σ_j a_ij k_j).
+
+    name: what errors and statistics call it; order: of y1; c: nodes, one for each stage;
+    a: rows of stage weights, row i holds a_i1 … a_i,i−1 (the first row is empty);
+    b: weights of y1; error: weights of y1 minus the embedded solution, or None where there is none.
+    Raises InputError where the coefficients do not fit together: shapes, Σ a_i = c_i, Σ b = 1,
+    Σ error = 0.
+    """
+
+    name: str
+    order: int
+    c: Row
+    a: tuple[Row, ...]
+    b: Row
+    error: Row | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "c", _row(self.c))
+        object.__setattr__(self, "a", tuple(_row(row) for row in self.a))
+        object.__setattr__(self, "b", _row(self.b))
+        if self.error is not None:
+            object.__setattr__(self, "error", _row(self.error))
+        _check(self)
+
+    @property
+    def stages(self) -> int:
+        return len(self.b)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the method estimates its own error, so that steps can be chosen by it."""
+        return self.error is not None
+
+    @cached_property
+    def fsal(self) -> bool:
+        """Whether the last stage is f(t + h, y1), the next step's first ("first same as last")."""
+        return self.stages > 1 and self.c[-1] == 1.0 and (*self.a[-1], 0.0) == self.b
+
+    @cached_property
+    def used_stages(self) -> int:
+        """Stages that y1 needs: those after the last non-zero weight serve the error alone."""
+        return max(i for i, weight in enumerate(self.b) if weight != 0.0) + 1
+
+
+def _row(values: Sequence[float]) -> Row:
+    return tuple(float(value) for value in values)
+
+
+def _check(tableau: Tableau) -> None:
+    name, stages = tableau.name, tableau.stages
+    if tableau.order < 1:
+        raise InputError(f"tableau {name!r}: order must be at least 1, got {tableau.order}")
+    if len(tableau.c) != stages or len(tableau.a) != stages:
+        raise InputError(
+            f"tableau {name!r}: b has {stages} stages, c has {len(tableau.c)} and a has "
+            f"{len(tableau.a)} rows; give one entry and one row for each stage"
+        )
+    for i, row in enumerate(tableau.a):
+        if len(row) != i:
+            raise InputError(
+                f"tableau {name!r}: row {i} of a has {len(row)} weights, expected {i}: "
+                "an explicit method's row i weighs the stages before i and no other"
+            )
+        if abs(fsum(row) - tableau.c[i]) > 1e-10:
+            raise InputError(
+                f"tableau {name!r}: row {i} of a sums to {fsum(row):.12g}, but c[{i}] is "
+                f"{tableau.c[i]:.12g}; the two must agree"
+            )
+    if abs(fsum(tableau.b) - 1.0) > 1e-10:
+        raise InputError(f"tableau {name!r}: b sums to {fsum(tableau.b):.12g}, expected 1")
+    error = tableau.error
+    if error is not None and (len(error) != stages or abs(fsum(error)) > 1e-10):
+        raise InputError(
+            f"tableau {name!r}: error has {len(error)} weights that sum to {fsum(error):.3g}; "
+            f"expected {stages} that sum to 0 (b minus the embedded method's weights)"
+        )
+
+
+def _difference(b: Sequence[float], embedded: Sequence[float]) -> Row:
+    return tuple(x - y for x, y in zip(b, embedded, strict=True))
+
+
+_BOSH3 = (2 / 9, 1 / 3, 4 / 9)
+_DOPRI5 = (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)
+_TSIT5 = (
+    0.09646076681806523,
+    0.01,
+    0.4798896504144996,
+    1.379008574103742,
+    -3.290069515436081,
+    2.324710524099774,
+)
+
+TABLEAUS: dict[str, Tableau] = {
+    tableau.name: tableau
+    for tableau in (
+        Tableau("euler", 1, c=(0,), a=((),), b=(1,)),
+        Tableau("midpoint", 2, c=(0, 1 / 2), a=((), (1 / 2,)), b=(0, 1)),
+        Tableau(
+            "rk4",
+            4,
+            c=(0, 1 / 2, 1 / 2, 1),
+            a=((), (1 / 2,), (0, 1 / 2), (0, 0, 1)),
+            b=(1 / 6, 1 / 3, 1 / 3, 1 / 6),
+        ),
+        Tableau(
+            "bosh3",
+            3,
+            c=(0, 1 / 2, 3 / 4, 1),
+            a=((), (1 / 2,), (0, 3 / 4), _BOSH3),
+            b=(*_BOSH3, 0),
+            error=_difference((*_BOSH3, 0), (7 / 24, 1 / 4, 1 / 3, 1 / 8)),
+        ),
+        Tableau(
+            "dopri5",
+            5,
+            c=(0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1),
+            a=(
+                (),
+                (1 / 5,),
+                (3 / 40, 9 / 40),
+                (44 / 45, -56 / 15, 32 / 9),
+                (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+                (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+                _DOPRI5,
+            ),
+            b=(*_DOPRI5, 0),
+            error=_difference(
+                (*_DOPRI5, 0),
+                (5179 / 57600, 0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100, 1 / 40),
+            ),
+        ),
+        Tableau(
+            "tsit5",
+            5,
+            c=(0, 0.161, 0.327, 0.9, 0.9800255409045097, 1, 1),
+            a=(
+                (),
+                (0.161,),
+                (-0.008480655492356989, 0.335480655492357),
+                (2.8971530571054935, -6.359448489975075, 4.3622954328695815),
+                (5.325864828439257, -11.748883564062828, 7.4955393428898365, -0.09249506636175525),
+                (
+                    5.86145544294642,
+                    -12.92096931784711,
+                    8.159367898576159,
+                    -0.071584973281401,
+                    -0.028269050394068383,
+                ),
+                _TSIT5,
+            ),
+            b=(*_TSIT5, 0),
+            error=(
+                -0.00178001105222577714,
+                -0.0008164344596567469,
+                0.007880878010261995,
+                -0.1447110071732629,
+                0.5823571654525552,
+                -0.45808210592918697,
+                0.015151515151515152,
+            ),
+        ),
+    )
+}
