@@ -1,0 +1,1 @@
+"""Continuous normalizing flows: densities and samples from one ODE."""

@@ -1,0 +1,345 @@
+"""A continuous normalizing flow: a density with an ODE between it and a simple base.
+
+Time runs from t = 0, the base, to t = 1, the data.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from cnf.data.rows import as_rows
+from cnf.error import InputError
+from cnf.flow.continuous import Solver, move, move_with_logdet
+from cnf.flow.divergence import Divergence, choose_divergence
+from cnf.flow.recipe import fit_flow
+from cnf.flow.storage import fill, pack, read, write
+from cnf.flow.transform import Whiten, standard_normal_log_prob
+from cnf.nets.mlp import MLP, BilinearMLP
+from cnf.ode.control import Adaptive, FixedStep
+from cnf.ode.gradient.problem import Gradient
+from cnf.ode.integrate import Stats
+from cnf.ode.method import Method
+from cnf.ode.tableau import Tableau
+from cnf.training.loop import Progress
+
+TO_BASE, TO_DATA = (1.0, 0.0), (0.0, 1.0)
+CHUNK = 16_384  # rows solved together where no gradient ties them
+
+
+@dataclass(frozen=True)
+class Info:
+    """How log-densities came about: evaluations of the field (the most of any chunk of rows), and
+    the divergence that was used.
+    """
+
+    nfe: int
+    divergence: str
+
+
+class Flow(nn.Module):
+    """A density over vectors of `dim` features; as a module, forward(x) is log_prob(x).
+
+    hidden: widths of the default field; field: one's own f(t, x) → dx/dt instead, x (batch, dim),
+    t 0-d or (batch,); base: a torch distribution over vectors, by default the standard normal;
+    divergence: "auto" (the closed form where the field has one, else exact tangents), or a
+    ClosedForm, Tangents or Hutchinson; whiten: whether `fit` puts the data's affine whitening
+    inside the flow; method, step_size, rtol, atol, gradient: as for `solve`; logdet_atol: the
+    tolerance of log-densities in nats per step; seed: of the initial weights.
+    An untrained flow is the identity: its density is the base's.
+    Source: Chen et al. 2018, section 4; Grathwohl et al. 2019.
+
+    >>> flow = Flow(2, seed=0)
+    >>> flow.log_prob(torch.zeros(1, 2)).tolist()  # −log 2π
+    [-1.8378770351409912]
+    >>> flow.sample(3, seed=0).shape
+    torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        hidden: Sequence[int] = (128, 128),
+        field: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
+        base: Distribution | None = None,
+        divergence: str | Divergence = "auto",
+        whiten: bool = True,
+        method: str | Tableau | Method = "dopri5",
+        step_size: float | None = None,
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+        logdet_atol: float = 1e-4,
+        gradient: str | Gradient = "checkpoint",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+            raise InputError(f"dim must be a whole number of features, at least 1, got {dim!r}")
+        self.dim = dim
+        self.hidden = tuple(hidden)
+        self.whitens = whiten
+        self.divergence = divergence
+        adaptive = Adaptive(rtol, atol, quadrature_atol=logdet_atol)
+        control = adaptive if step_size is None else FixedStep(step_size)
+        self.solver = Solver(method, control, gradient)
+        self.base = _checked_base(base, dim)
+        self.whitening = Whiten(dim)
+        self.has_own_field = field is not None
+        self.field = _default_field(dim, self.hidden, seed) if field is None else field
+        self.chosen_divergence()  # a name that does not exist is refused here
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.log_prob(x)
+
+    def log_prob(
+        self, x: Any, *, return_info: bool = False, chunk: int = CHUNK
+    ) -> Tensor | tuple[Tensor, Info]:
+        """Log-density in nats, of shape (…) for x of shape (…, dim); differentiable.
+
+        x: tensor, array or data frame; chunk: rows solved together; return_info: return
+        (log_prob, Info).  Raises InputError for a wrong width or values that are not finite.
+        """
+        rows, shape = self._rows(x)
+        divergence = self.chosen_divergence()
+        parts, nfe = [], 0
+        for start in range(0, max(len(rows), 1), chunk):
+            part, stats = self.log_prob_of_rows(
+                self._tensor(rows[start : start + chunk]), divergence, self.solver
+            )
+            parts.append(part)
+            nfe = max(nfe, stats.nfe)
+        log_prob = torch.cat(parts).reshape(shape)
+        return (log_prob, Info(nfe, type(divergence).__name__)) if return_info else log_prob
+
+    def log_prob_of_rows(
+        self, x: Tensor, divergence: Divergence, solver: Solver
+    ) -> tuple[Tensor, Stats]:
+        """Log-density of rows (batch, dim) by a divergence and a solver, unchecked; the cost."""
+        moved = move_with_logdet(self.field, divergence, self.whitening(x), TO_BASE, solver)
+        log_prob = self._base_log_prob(moved.x) + moved.logdet + self.whitening.logdet()
+        return log_prob.to(x.dtype), moved.stats
+
+    @torch.no_grad()
+    def sample(
+        self, n: int, *, return_log_prob: bool = False, seed: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """n draws of shape (n, dim), without gradients; with their log-densities if asked for.
+
+        seed: the same draws every time; None draws from torch's generator.
+        """
+        return self.rsample(n, return_log_prob=return_log_prob, seed=seed)
+
+    def rsample(
+        self, n: int, *, return_log_prob: bool = False, seed: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """n draws of shape (n, dim), differentiable by the flow's parameters.
+
+        With return_log_prob=True (draws, log-densities (n,)) from one solve.
+        """
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+            raise InputError(f"n must be a whole number of draws, at least 0, got {n!r}")
+        z = self._draw_base(n, seed)
+        parts = [self._decode(rows, return_log_prob) for rows in z.split(CHUNK)]
+        x = torch.cat([part for part, _ in parts])
+        if not return_log_prob:
+            return x
+        return x, torch.cat([log_prob for _, log_prob in parts])
+
+    def encode(self, x: Any) -> Tensor:
+        """The base's points, (…, dim), that the flow carries to x (…, dim)."""
+        rows, shape = self._rows(x)
+        parts = [
+            move(self.field, self.whitening(self._tensor(part)), TO_BASE, self.solver)
+            for part in _split(rows)
+        ]
+        return torch.cat(parts).reshape(*shape, self.dim)
+
+    def decode(self, z: Any) -> Tensor:
+        """The points x, (…, dim), to which the flow carries the base's z (…, dim)."""
+        rows, shape = self._rows(z, "z")
+        parts = [self._decode(self._tensor(part), False)[0] for part in _split(rows)]
+        return torch.cat(parts).reshape(*shape, self.dim)
+
+    def fit(
+        self,
+        x: Any,
+        *,
+        method: str = "auto",
+        seconds: float | None = None,
+        steps: int | None = None,
+        seed: int | None = None,
+        lr: float | None = None,
+        batch_size: int | None = None,
+        validation: float | Any = 0.1,
+        callback: Callable[[Progress], None] | None = None,
+        device: str | torch.device | None = None,
+        progress: bool = True,
+    ) -> Self:
+        """This flow, fitted to rows x of shape (rows, dim); a second fit goes on from here.
+
+        method: "fm" (flow matching), "ml" (maximum likelihood), or "auto": the first as a warm
+        start, then the second; seconds or steps: the budget, by default 50 seconds; validation: a
+        share of the rows, or rows of their own, on which the best weights are chosen; callback: is
+        given a Progress record after every step; progress: a bar on stderr.
+        Raises InputError for data that cannot be fitted; IntegrationError or TrainingError where
+        training cannot go on.
+        """
+        fit_flow(
+            self,
+            x,
+            method=method,
+            seconds=seconds,
+            steps=steps,
+            seed=seed,
+            lr=lr,
+            batch_size=batch_size,
+            validation=validation,
+            callback=callback,
+            device=device,
+            progress=progress,
+        )
+        return self
+
+    def whiten(self, x: Any) -> Self:
+        """This flow with its affine map set from data (rows, dim): full covariance, shrunk."""
+        self.whitening.fit(as_rows(x, self.dim))
+        return self
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write weights and settings to one .safetensors file, atomically."""
+        write(path, self, self.config)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        field: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
+        base: Distribution | None = None,
+    ) -> Self:
+        """The flow in a file that `save` wrote; no code of the file is run.
+
+        field, base: one's own, where the saved flow had them.  Raises InputError for a file that
+        is missing, damaged or of another kind.
+        """
+        settings, tensors = read(path)
+        for name, own in (("field", field), ("base", base)):
+            if (stored := settings.pop(f"own_{name}", None)) and own is None:
+                raise InputError(f"{path} was saved with a {name} of its own, {stored}; hand it in "
+                                 f"again: Flow.load(path, {name}=…)")
+        flow = cls(**settings, field=field, base=base)
+        flow.to(tensors["whitening.mean"].dtype if "whitening.mean" in tensors else flow.dtype)
+        fill(flow, tensors, path)
+        return flow
+
+    def chosen_divergence(self) -> Divergence:
+        """The divergence in use: what "auto" stands for with this field."""
+        return choose_divergence(self.divergence, self.field)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings that make this flow again, as JSON values."""
+        control = self.solver.control
+        adaptive = control if isinstance(control, Adaptive) else Adaptive()
+        return {
+            "dim": self.dim,
+            "hidden": list(self.hidden),
+            "divergence": pack("divergence", self.divergence),
+            "whiten": self.whitens,
+            "method": pack("method", self.solver.method),
+            "step_size": control.step_size if isinstance(control, FixedStep) else None,
+            "rtol": adaptive.rtol,
+            "atol": adaptive.atol,
+            "logdet_atol": adaptive.quadrature_atol,
+            "gradient": pack("gradient", self.solver.gradient),
+            "own_field": _name_of(self.field) if self.has_own_field else None,
+            "own_base": _name_of(self.base) if self.has_own_base else None,
+        }
+
+    def field_is_trained(self) -> bool:
+        """Whether the field has learned anything: a default field starts as zero."""
+        return self.has_own_field or bool(self.field.get_parameter("out").any())
+
+    @property
+    def has_own_base(self) -> bool:
+        return self.base is not None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.whitening.mean.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.whitening.mean.device
+
+    def _decode(self, z: Tensor, with_log_prob: bool) -> tuple[Tensor, Tensor]:
+        if not with_log_prob:
+            x = move(self.field, z, TO_DATA, self.solver)
+            return self.whitening.invert(x), x.new_empty(0)
+        moved = move_with_logdet(self.field, self.chosen_divergence(), z, TO_DATA, self.solver)
+        log_prob = self._base_log_prob(z) - moved.logdet + self.whitening.logdet()
+        return self.whitening.invert(moved.x), log_prob.to(z.dtype)
+
+    def _base_log_prob(self, z: Tensor) -> Tensor:
+        return standard_normal_log_prob(z) if self.base is None else self.base.log_prob(z)
+
+    def _draw_base(self, n: int, seed: int | None) -> Tensor:
+        with torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            if self.base is None:
+                return torch.randn(n, self.dim, dtype=self.dtype).to(self.device)
+            drawn = self.base.rsample((n,)) if self.base.has_rsample else self.base.sample((n,))
+            return drawn.to(self.device, self.dtype)
+
+    def _rows(self, x: Any, name: str = "x") -> tuple[Any, torch.Size]:
+        """x as checked rows (batch, dim), and the shape of what is said of each."""
+        if isinstance(x, np.memmap) and x.ndim == 2 and x.shape[1] == self.dim:
+            return x, torch.Size([len(x)])  # read chunk by chunk, and checked there
+        shape = None
+        if isinstance(x, Tensor) and x.ndim != 2 and x.ndim > 0 and x.shape[-1] == self.dim:
+            shape, x = x.shape[:-1], x.reshape(-1, self.dim)
+        if isinstance(x, Tensor) and x.ndim == 2 and x.shape == (0, self.dim):
+            return x, shape or torch.Size([0])
+        rows = as_rows(x, self.dim, name=name, dtype=self.dtype, device=self.device)
+        return rows, shape or torch.Size([len(rows)])
+
+    def _tensor(self, rows: Any) -> Tensor:
+        if isinstance(rows, Tensor):
+            return rows.to(self.device, self.dtype)
+        return as_rows(rows, self.dim, dtype=self.dtype, device=self.device)
+
+
+def _name_of(value: Any) -> str:
+    kind = type(value)
+    return getattr(value, "__qualname__", f"{kind.__module__}.{kind.__qualname__}")
+
+
+def _split(rows: Any) -> list[Any]:
+    return [rows[start : start + CHUNK] for start in range(0, max(len(rows), 1), CHUNK)]
+
+
+def _default_field(dim: int, hidden: tuple[int, ...], seed: int | None) -> MLP:
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        if not hidden or min(hidden) < 1:
+            raise InputError(f"hidden must hold widths of at least 1, got {hidden!r}")
+        return (BilinearMLP if len(hidden) <= 2 else MLP)(dim, hidden)
+
+
+def _checked_base(base: Distribution | None, dim: int) -> Distribution | None:
+    if base is not None and tuple(base.event_shape) != (dim,):
+        raise InputError(
+            f"base must be a distribution over vectors of {dim}, event_shape ({dim},), got "
+            f"{tuple(base.event_shape)}; wrap it in torch.distributions.Independent"
+        )
+    return base

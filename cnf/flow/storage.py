@@ -1,0 +1,130 @@
+"""Flows on disk: weights as safetensors, settings as JSON in its header; no code is stored or run."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from cnf.error import InputError
+from cnf.flow.divergence import ClosedForm, Hutchinson, Tangents
+from cnf.ode.gradient.adjoint import Adjoint
+from cnf.ode.gradient.backprop import Backprop
+from cnf.ode.gradient.checkpoint import Checkpoint
+from cnf.ode.tableau import Tableau
+
+FORMAT = 1  # of the file; raised when an older reader would misread it
+VALUES = {
+    kind.__name__: kind
+    for kind in (ClosedForm, Tangents, Hutchinson, Backprop, Checkpoint, Adjoint, Tableau)
+}
+
+
+class Stored(NamedTuple):
+    """What a file holds: the settings of `Flow`, and tensors by name."""
+
+    settings: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def pack(name: str, value: Any) -> Any:
+    """A setting as JSON: a plain value as it is, a known frozen value as its kind and fields."""
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if type(value).__name__ in VALUES:
+        return {"kind": type(value).__name__, **asdict(value)}
+    raise InputError(
+        f"{name}={value!r} is of your own making and cannot be stored with the flow; store it "
+        f"with one of {', '.join(VALUES)}, or a name"
+    )
+
+
+def unpack(value: Any) -> Any:
+    """A setting from JSON, the inverse of `pack`."""
+    if isinstance(value, Mapping) and "kind" in value:
+        fields = {key: part for key, part in value.items() if key != "kind"}
+        return VALUES[value["kind"]](**fields)
+    return value
+
+
+def write(path: str | os.PathLike[str], module: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Write a module's tensors and its settings, atomically.
+
+    Raises InputError where the folder does not exist or cannot be written.
+    """
+    tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+    header = json.dumps({"format": FORMAT, **settings})
+    target = Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(save(tensors, {"cnf": header}))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise InputError(
+            f"the flow cannot be written to {target} ({error.strerror}); name a file in a folder "
+            "that exists and is yours to write"
+        ) from error
+
+
+def read(path: str | os.PathLike[str]) -> Stored:
+    """What a file of `write` holds; raises InputError for any other file."""
+    target = Path(path)
+    if not target.exists():
+        raise InputError(f"there is no file {target}; give the path that flow.save wrote")
+    if target.is_dir():
+        raise InputError(f"{target} is a folder; give the model file in it")
+    damaged = f"{target} is damaged or is no file that flow.save wrote; restore it or fit again"
+    try:
+        with safe_open(target, framework="pt") as file:
+            header = (file.metadata() or {}).get("cnf")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        settings = json.loads(header) if header else None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(damaged) from error
+    if not isinstance(settings, dict) or "format" not in settings:
+        raise InputError(damaged)
+    if settings["format"] != FORMAT:
+        raise InputError(
+            f"{target} has format {settings['format']}, this version reads format {FORMAT}; "
+            "install the version that wrote it"
+        )
+    return Stored({k: unpack(v) for k, v in settings.items() if k != "format"}, tensors)
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Put stored tensors into a module of the same settings.
+
+    Raises InputError where names or shapes differ, or a value is not finite.
+    """
+    expected = module.state_dict()
+    missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    if missing or unknown:
+        raise InputError(
+            f"{path} does not fit the flow: missing {sorted(missing)[:3]}, unknown "
+            f"{sorted(unknown)[:3]}; was it saved with another field= or base=?"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise InputError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, expected "
+                f"{tuple(expected[name].shape)}; was it saved with another field= or base=?"
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(f"{path}: {name} holds values that are not finite; fit again")
+    module.load_state_dict(dict(tensors))

@@ -1,0 +1,69 @@
+"""Invertible maps without an ODE."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from sklearn.covariance import ledoit_wolf
+from torch import Tensor, nn
+
+from cnf.error import InputError
+
+
+class Whiten(nn.Module):
+    """The affine map z = L⁻¹ (x − mean), so that data of covariance L Lᵀ becomes white.
+
+    It starts as the identity; `fit` sets it from data.  x, z: (batch, dim).
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("factor", torch.eye(dim))
+        self.register_buffer("inverse", torch.eye(dim))
+        self.register_buffer("is_fitted", torch.tensor(False))
+        self.is_fitted: Tensor
+        self.mean: Tensor
+        self.factor: Tensor
+        self.inverse: Tensor
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """Set the map from data of shape (rows, dim): full covariance, shrunk to the diagonal.
+
+        Raises InputError for a constant column.  Source of the shrinkage: Ledoit & Wolf 2004.
+        """
+        data = x.detach().double().cpu().numpy()
+        mean, scale = data.mean(0), data.std(0)
+        flat = np.flatnonzero(scale <= 1e-12 * np.abs(mean).clip(1e-300))
+        if flat.size:
+            raise InputError(
+                f"column {flat[0]} is constant ({mean[flat[0]]:g}), so it has no density; drop it"
+            )
+        standard = (data - mean) / scale
+        correlation, _ = ledoit_wolf(standard, assume_centered=True)
+        factor = scale[:, None] * np.linalg.cholesky(correlation)
+        self.mean.copy_(torch.from_numpy(mean))
+        self.factor.copy_(torch.from_numpy(factor))
+        self.inverse.copy_(torch.from_numpy(np.linalg.inv(factor)))
+        self.is_fitted.fill_(True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) @ self.inverse.T
+
+    def invert(self, z: Tensor) -> Tensor:
+        """x from z."""
+        return z @ self.factor.T + self.mean
+
+    def logdet(self) -> Tensor:
+        """log |det dz/dx|, 0-d, in float64 where the device has it."""
+        diagonal = self.inverse.diagonal()
+        wide = diagonal if diagonal.device.type == "mps" else diagonal.double()
+        return wide.log().sum()
+
+
+def standard_normal_log_prob(z: Tensor) -> Tensor:
+    """log N(z; 0, I) of shape (batch,), for z (batch, dim)."""
+    return -0.5 * z.square().sum(-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)

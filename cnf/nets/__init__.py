@@ -1,0 +1,1 @@
+"""Time-conditioned vector fields f(t, x)."""

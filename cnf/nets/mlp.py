@@ -1,0 +1,150 @@
+"""Multilayer perceptrons as vector fields, conditioned on time by shifts and gates.
+
+Layer i computes h_i = g_i(t) ∘ φ_i(W_i h_{i−1} + u_i(t)); the output W h + u(t) has no gate, so that
+the matrix of the closed-form trace does not depend on t.  The shifts and gates are linear in
+Fourier features of t.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cnf.nets.activation import DERIVATIVES, VALUES
+
+
+class MLP(nn.Module):
+    """A field f(t, x) of any depth; t: 0-d or (batch,); x: (batch, dim) → (batch, dim).
+
+    hidden: widths, one or more; bandwidth: (low, high), angular frequencies that the first layer's
+    sines reach per unit of x, spread evenly on a log scale, or None for a first activation like the
+    others; activation: "silu", "tanh" or "softplus"; frequencies: of the Fourier features of t.
+    The output layer starts at zero: the flow starts as the identity.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: Sequence[int] = (128, 128),
+        *,
+        bandwidth: tuple[float, float] | None = (0.3, 5.0),
+        activation: str = "silu",
+        frequencies: int = 4,
+    ) -> None:
+        super().__init__()
+        if dim < 1 or not hidden or min(hidden) < 1:
+            raise ValueError(f"expected dim ≥ 1 and hidden widths ≥ 1, got {dim} and {hidden}")
+        if activation not in VALUES:
+            raise ValueError(f"unknown activation {activation!r}; known are {', '.join(VALUES)}")
+        first = activation if bandwidth is None else "sin"
+        self.activations = (first, *[activation] * (len(hidden) - 1))
+        widths = [dim, *hidden]
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.empty(rows, columns))
+            for columns, rows in zip(widths, widths[1:], strict=False)
+        )
+        self.out = nn.Parameter(torch.zeros(dim, widths[-1]))
+        self.time = _TimeLayer(hidden, dim, frequencies)
+        self._initialize(bandwidth)
+
+    @property
+    def dim(self) -> int:
+        return self.out.shape[0]
+
+    @torch.no_grad()
+    def _initialize(self, bandwidth: tuple[float, float] | None) -> None:
+        for weight in self.weights:
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        if bandwidth is not None:
+            first = self.weights[0]
+            low, high = (math.log(value) for value in bandwidth)
+            scales = torch.linspace(low, high, first.shape[0]).exp()
+            first.copy_(nn.functional.normalize(torch.randn_like(first), dim=1) * scales[:, None])
+            nn.init.uniform_(self.time.shift_bias(0), -math.pi, math.pi)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        shifts, gates, drift = self.time(t)
+        for weight, shift, gate, name in zip(
+            self.weights, shifts, gates, self.activations, strict=True
+        ):
+            x = VALUES[name](_affine(x, weight, shift)) * gate
+        return _affine(x, self.out, drift)
+
+    def tangent(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        """(f, J·tangents): tangents of shape (k, batch, dim) carried layer by layer beside x.
+
+        Returns shapes (batch, dim) and (k, batch, dim).
+        """
+        shifts, gates, drift = self.time(t)
+        for weight, shift, gate, name in zip(
+            self.weights, shifts, gates, self.activations, strict=True
+        ):
+            x, slope = DERIVATIVES[name](_affine(x, weight, shift))
+            x, tangents = x * gate, (tangents @ weight.T) * (slope * gate)
+        return _affine(x, self.out, drift), tangents @ self.out.T
+
+
+class BilinearMLP(MLP):
+    """An MLP of one or two hidden layers, whose divergence has a closed form.
+
+    With s_i = g_i ∘ φ_i'(a_i): one hidden layer, tr ∂f/∂x = s₁ · diag(W₁ W₂); two,
+    tr ∂f/∂x = s₂ᵀ M s₁ with M = W₂ ∘ (W₁ W₃)ᵀ.  The cost does not depend on dim.
+    """
+
+    def __init__(self, dim: int, hidden: Sequence[int] = (128, 128), **settings: object) -> None:
+        if len(hidden) not in (1, 2):
+            raise ValueError(f"the closed form needs one or two hidden layers, got {len(hidden)}")
+        super().__init__(dim, hidden, **settings)  # type: ignore[arg-type]
+
+    def prepare(self) -> tuple[Tensor, ...]:
+        """(M,) of the closed form, computed once for each solve; (h₁,) or (h₂, h₁)."""
+        inner = self.weights[0] @ self.out
+        return (self.weights[1] * inner.T if len(self.weights) == 2 else inner.diagonal(),)
+
+    def with_divergence(self, t: Tensor, x: Tensor, mixing: Tensor) -> tuple[Tensor, Tensor]:
+        """(f, tr ∂f/∂x) of shapes (batch, dim) and (batch,); mixing: what `prepare` returned."""
+        shifts, gates, drift = self.time(t)
+        h, slope = DERIVATIVES[self.activations[0]](_affine(x, self.weights[0], shifts[0]))
+        h, slope = h * gates[0], slope * gates[0]
+        if len(self.weights) == 1:
+            return _affine(h, self.out, drift), slope @ mixing
+        h, outer = DERIVATIVES[self.activations[1]](_affine(h, self.weights[1], shifts[1]))
+        divergence = (slope @ mixing.T * (outer * gates[1])).sum(-1)
+        return _affine(h * gates[1], self.out, drift), divergence
+
+
+class _TimeLayer(nn.Module):
+    """Shifts and gates of every hidden layer and the output's shift, linear in features of t."""
+
+    def __init__(self, hidden: Sequence[int], dim: int, frequencies: int) -> None:
+        super().__init__()
+        self.sizes = [*hidden, *hidden, dim]
+        self.hidden_layers = len(hidden)
+        angles = math.pi * torch.arange(1, frequencies + 1, dtype=torch.get_default_dtype())
+        self.register_buffer("angles", angles, persistent=False)
+        self.weight = nn.Parameter(torch.zeros(sum(self.sizes), 2 * frequencies + 1))
+        self.bias = nn.Parameter(torch.zeros(sum(self.sizes)))
+        with torch.no_grad():
+            gates = self.bias[sum(hidden) : 2 * sum(hidden)]
+            gates.fill_(1.0)  # open gates
+
+    def shift_bias(self, layer: int) -> Tensor:
+        """The constant part of a hidden layer's shift."""
+        return self.bias.split(self.sizes)[layer]
+
+    def forward(self, t: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor]:
+        angles = t.unsqueeze(-1) * self.angles
+        features = torch.cat([t.unsqueeze(-1) - 0.5, angles.cos(), angles.sin()], -1)
+        parts = nn.functional.linear(features, self.weight, self.bias).split(self.sizes, -1)
+        layers = self.hidden_layers
+        return parts[:layers], parts[layers:-1], parts[-1]
+
+
+def _affine(x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+    """x Wᵀ + shift; shift of shape (rows,) or (batch, rows)."""
+    if shift.ndim == 1:
+        return nn.functional.linear(x, weight, shift)
+    return torch.addmm(shift, x, weight.T)

@@ -1,0 +1,1 @@
+"""Training any module that returns a loss."""

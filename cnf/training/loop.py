@@ -1,0 +1,248 @@
+"""The training loop: a generator of progress records over any module that returns a loss."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from cnf.error import IntegrationError
+
+Batches = Callable[[], Tensor]
+Validate = Callable[[], float]
+
+PATIENCE_BATCHES = 50  # non-finite losses in a row before giving up
+TIMED_STEPS = 10  # steps that are timed before their number is planned
+
+
+class TrainingError(RuntimeError):
+    """Training could not go on; the weights are the best found so far."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands after a step.
+
+    phase: a word for the objective; step of steps (planned); loss: of this batch, NaN where it was
+    skipped; lr; seconds: elapsed, remaining: expected; validation: the score of the averaged
+    weights, lower is better, where this step measured it; nfe: evaluations of the field, where the
+    objective counts them; skipped: batches left out so far because their loss or gradient was not
+    finite.
+    """
+
+    phase: str
+    step: int
+    steps: int
+    loss: float
+    lr: float
+    seconds: float
+    remaining: float
+    validation: float | None = None
+    nfe: int | None = None
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train: steps, or seconds that are turned into steps by timing the first ones.
+
+    lr: the peak of a cosine with a linear start over `warmup` of the steps; clip: largest gradient
+    norm; memory: the averaged weights' horizon as a share of the steps taken; validations: how
+    often to measure over the whole; patience: stop after so many without improvement, or None.
+    """
+
+    phase: str
+    steps: int | None = None
+    seconds: float | None = None
+    lr: float = 1e-3
+    warmup: float = 0.02
+    clip: float = 10.0
+    memory: float = 0.08
+    validations: int = 10
+    patience: int | None = None
+
+
+@dataclass
+class Best:
+    """The best averaged weights so far and their score; starts with none."""
+
+    score: float = math.inf
+    weights: list[Tensor] = field(default_factory=list)
+    age: int = 0
+
+    def offer(self, score: float, weights: list[Tensor]) -> None:
+        """Keep a copy of `weights` if their score is lower."""
+        self.age += 1
+        if score < self.score:
+            self.score, self.age = score, 0
+            self.weights = [weight.clone() for weight in weights]
+
+
+def train(
+    module: nn.Module, batches: Batches, plan: Plan, *, validate: Validate, best: Best
+) -> Iterator[Progress]:
+    """Train `module`, whose forward(batch) is the loss; a record after every step.
+
+    batches: the next batch at each call; validate: the score, with the averaged weights in place;
+    best: takes the best averaged weights, in the order of module.parameters().
+    A batch whose loss or gradient is not finite is skipped and counted; raises TrainingError after
+    PATIENCE_BATCHES of them in a row.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=plan.lr, betas=(0.9, 0.99))
+    average = Average(parameters, plan.memory)
+    clock = _Clock(plan)
+    step = skipped = skipped_in_a_row = 0
+    while step < clock.steps(step):
+        steps = clock.steps(step)
+        lr = plan.lr * schedule(step, steps, plan.warmup)
+        loss = _step(module, batches(), optimizer, lr, plan.clip)
+        step += 1
+        if math.isfinite(loss):
+            average.update()
+            skipped_in_a_row = 0
+        else:
+            skipped += 1
+            skipped_in_a_row += 1
+        if skipped_in_a_row >= PATIENCE_BATCHES:
+            raise TrainingError(
+                f"{skipped_in_a_row} batches in a row had a loss or gradient that is not finite "
+                f"(last at step {step} of phase {plan.phase!r}); try a smaller lr, looser "
+                "tolerances, or data of unit scale"
+            )
+        steps = clock.steps(step)
+        score = None
+        if step >= steps or clock.validation_due(step):
+            with average.in_place():
+                score = validate()
+            best.offer(score, average.weights)
+        yield Progress(
+            phase=plan.phase,
+            step=step,
+            steps=steps,
+            loss=loss,
+            lr=lr,
+            seconds=clock.elapsed(),
+            remaining=clock.remaining(step),
+            validation=score,
+            nfe=getattr(module, "nfe", None),
+            skipped=skipped,
+        )
+        if plan.patience is not None and best.age >= plan.patience:
+            return
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """The share of the peak learning rate at a step: a linear start, then half a cosine."""
+    start = max(1.0, warmup * steps)
+    return min(1.0, (step + 1) / start) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+
+
+class Average:
+    """Averaged weights whose memory is a fixed share of the steps taken so far.
+
+    Source: the power-function average of Karras et al. 2024, section 3.1.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], memory: float) -> None:
+        self._parameters = parameters
+        self._power = 1 / memory
+        self._count = 0
+        self.weights = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self._count += 1
+        keep = (1 - 1 / self._count) ** (1 + self._power)
+        torch._foreach_lerp_(self.weights, self._parameters, 1 - keep)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The averaged weights in the module's place, for as long as the context lasts."""
+        with weights_in_place(self._parameters, self.weights):
+            yield
+
+
+@contextmanager
+def weights_in_place(parameters: list[nn.Parameter], weights: list[Tensor]) -> Iterator[None]:
+    """Other weights in the parameters' place, for as long as the context lasts."""
+    kept = [p.detach().clone() for p in parameters]
+    put(parameters, weights)
+    try:
+        yield
+    finally:
+        put(parameters, kept)
+
+
+@torch.no_grad()
+def put(parameters: list[nn.Parameter], weights: list[Tensor]) -> None:
+    """Copy weights into parameters."""
+    for parameter, weight in zip(parameters, weights, strict=True):
+        parameter.copy_(weight)
+
+
+def _step(
+    module: nn.Module, batch: Tensor, optimizer: torch.optim.Optimizer, lr: float, clip: float
+) -> float:
+    """One optimizer step; the loss, or NaN where it was left out."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad()
+    try:
+        loss = module(batch)
+        if not math.isfinite(value := loss.item()):
+            return math.nan
+        loss.backward()
+    except IntegrationError:
+        return math.nan
+    parameters = optimizer.param_groups[0]["params"]
+    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    if not math.isfinite(norm.item()):
+        return math.nan
+    optimizer.step()
+    return value
+
+
+class _Clock:
+    """Turns a budget into a number of steps and says when to validate."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._start = time.perf_counter()
+        self._last_validation = 0.0
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self._start
+
+    def steps(self, step: int) -> int:
+        """The planned number of steps; of a budget in seconds, measured afresh at every call."""
+        if self._plan.steps is not None:
+            return self._plan.steps
+        seconds = self._plan.seconds or 0.0
+        if step < TIMED_STEPS:
+            return max(step, TIMED_STEPS) if self.elapsed() < seconds else step
+        left = max(0.0, seconds - self.elapsed())
+        return step + math.floor(left / (self.elapsed() / step))
+
+    def remaining(self, step: int) -> float:
+        if self._plan.steps is None:
+            return max(0.0, (self._plan.seconds or 0.0) - self.elapsed())
+        return (self._plan.steps - step) * self.elapsed() / step
+
+    def validation_due(self, step: int) -> bool:
+        """Whether another share of the whole has passed."""
+        if self._plan.steps is not None:
+            share = step / self._plan.steps
+        elif step < TIMED_STEPS:
+            return False
+        else:
+            share = self.elapsed() / (self._plan.seconds or 1.0)
+        if share - self._last_validation >= 1 / self._plan.validations:
+            self._last_validation = share
+            return True
+        return False
