@@ -3,40 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def _sin(a: Tensor) -> tuple[Tensor, Tensor]:
+class Activation(NamedTuple):
+    """φ as functions on tensors of any shape.
+
+    value: a ↦ φ(a); slope: a ↦ (φ(a), φ'(a)); curve: (a, φ(a), φ'(a)) ↦ φ''(a).
+    """
+
+    value: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], tuple[Tensor, Tensor]]
+    curve: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _sin_slope(a: Tensor) -> tuple[Tensor, Tensor]:
     return torch.sin(a), torch.cos(a)
 
 
-def _tanh(a: Tensor) -> tuple[Tensor, Tensor]:
+def _tanh_slope(a: Tensor) -> tuple[Tensor, Tensor]:
     h = torch.tanh(a)
-    return h, 1 - h * h
+    return h, torch.addcmul(h.new_ones(()), h, h, value=-1)
 
 
-def _softplus(a: Tensor) -> tuple[Tensor, Tensor]:
+def _softplus_slope(a: Tensor) -> tuple[Tensor, Tensor]:
     return torch.nn.functional.softplus(a), torch.sigmoid(a)
 
 
-def _silu(a: Tensor) -> tuple[Tensor, Tensor]:
-    s = torch.sigmoid(a)
-    h = a * s
-    return h, s + h * (1 - s)
+def _silu_slope(a: Tensor) -> tuple[Tensor, Tensor]:
+    gate = torch.sigmoid(a)
+    h = a * gate
+    return h, gate + h * (1 - gate)
 
 
-VALUES: dict[str, Callable[[Tensor], Tensor]] = {
-    "sin": torch.sin,
-    "tanh": torch.tanh,
-    "softplus": torch.nn.functional.softplus,
-    "silu": torch.nn.functional.silu,
-}
-# value and derivative, each of the argument's shape
-DERIVATIVES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
-    "sin": _sin,
-    "tanh": _tanh,
-    "softplus": _softplus,
-    "silu": _silu,
+def _silu_curve(a: Tensor, h: Tensor, s: Tensor) -> Tensor:
+    gate = torch.sigmoid(a)
+    return gate * (1 - gate) * (2 + a * (1 - 2 * gate))
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "sin": Activation(torch.sin, _sin_slope, lambda a, h, s: -h),
+    "tanh": Activation(torch.tanh, _tanh_slope, lambda a, h, s: (h * s).mul_(-2)),
+    "softplus": Activation(
+        torch.nn.functional.softplus, _softplus_slope, lambda a, h, s: s * (1 - s)
+    ),
+    "silu": Activation(torch.nn.functional.silu, _silu_slope, _silu_curve),
 }

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cnf.nets.activation import DERIVATIVES, VALUES
+from cnf.nets.activation import ACTIVATIONS
+from cnf.nets.bilinear import Layers, value_and_trace
 
 
 class MLP(nn.Module):
@@ -21,7 +22,7 @@ class MLP(nn.Module):
 
     hidden: widths, one or more; bandwidth: (low, high), angular frequencies that the first layer's
     sines reach per unit of x, spread evenly on a log scale, or None for a first activation like the
-    others; activation: "silu", "tanh" or "softplus"; frequencies: of the Fourier features of t.
+    others; activation: "tanh", "silu" or "softplus"; frequencies: of the Fourier features of t.
     The output layer starts at zero: the flow starts as the identity.
     """
 
@@ -31,14 +32,14 @@ class MLP(nn.Module):
         hidden: Sequence[int] = (128, 128),
         *,
         bandwidth: tuple[float, float] | None = (0.3, 5.0),
-        activation: str = "silu",
+        activation: str = "tanh",
         frequencies: int = 4,
     ) -> None:
         super().__init__()
         if dim < 1 or not hidden or min(hidden) < 1:
             raise ValueError(f"expected dim ≥ 1 and hidden widths ≥ 1, got {dim} and {hidden}")
-        if activation not in VALUES:
-            raise ValueError(f"unknown activation {activation!r}; known are {', '.join(VALUES)}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}; known are {', '.join(ACTIVATIONS)}")
         first = activation if bandwidth is None else "sin"
         self.activations = (first, *[activation] * (len(hidden) - 1))
         widths = [dim, *hidden]
@@ -70,7 +71,7 @@ class MLP(nn.Module):
         for weight, shift, gate, name in zip(
             self.weights, shifts, gates, self.activations, strict=True
         ):
-            x = VALUES[name](_affine(x, weight, shift)) * gate
+            x = ACTIVATIONS[name].value(_affine(x, weight, shift)) * gate
         return _affine(x, self.out, drift)
 
     def tangent(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +83,7 @@ class MLP(nn.Module):
         for weight, shift, gate, name in zip(
             self.weights, shifts, gates, self.activations, strict=True
         ):
-            x, slope = DERIVATIVES[name](_affine(x, weight, shift))
+            x, slope = ACTIVATIONS[name].slope(_affine(x, weight, shift))
             x, tangents = x * gate, (tangents @ weight.T) * (slope * gate)
         return _affine(x, self.out, drift), tangents @ self.out.T
 
@@ -107,11 +108,24 @@ class BilinearMLP(MLP):
     def with_divergence(self, t: Tensor, x: Tensor, mixing: Tensor) -> tuple[Tensor, Tensor]:
         """(f, tr ∂f/∂x) of shapes (batch, dim) and (batch,); mixing: what `prepare` returned."""
         shifts, gates, drift = self.time(t)
-        h, slope = DERIVATIVES[self.activations[0]](_affine(x, self.weights[0], shifts[0]))
+        if len(self.weights) == 2 and t.ndim == 0:
+            # one time for all rows: the gates go into the matrices, which are smaller than the batch
+            g1, g2 = gates
+            layers = Layers(
+                a1=self.weights[0],
+                b1=shifts[0],
+                a2=self.weights[1] * g1,
+                b2=shifts[1],
+                a3=self.out * g2,
+                b3=drift,
+                m=mixing * g1 * g2.unsqueeze(-1),
+            )
+            return value_and_trace(x, layers, self.activations)
+        h, slope = ACTIVATIONS[self.activations[0]].slope(_affine(x, self.weights[0], shifts[0]))
         h, slope = h * gates[0], slope * gates[0]
         if len(self.weights) == 1:
             return _affine(h, self.out, drift), slope @ mixing
-        h, outer = DERIVATIVES[self.activations[1]](_affine(h, self.weights[1], shifts[1]))
+        h, outer = ACTIVATIONS[self.activations[1]].slope(_affine(h, self.weights[1], shifts[1]))
         divergence = (slope @ mixing.T * (outer * gates[1])).sum(-1)
         return _affine(h * gates[1], self.out, drift), divergence
 
