@@ -236,9 +236,7 @@ def compare(dim: int, batch: int, width: int, rounds: int) -> None:
 def overhead(rounds: int) -> None:
     """Wall time of a solve over NFE times the bare field's time, without gradients."""
     torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2)
-    )
+    net = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
     print("\noverhead: solve over NFE bare evaluations, MLP 2-64-64-2, dopri5, rtol 1e-6, no grad")
     with torch.no_grad():
         for batch in (64, 1000):

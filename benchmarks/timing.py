@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 import torch
 
 
-def medians(runs: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, float]:
+def medians(
+    runs: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2
+) -> dict[str, float]:
     """Median seconds of each run over `rounds` interleaved rounds, after a warm-up."""
     for run in runs.values():
         for _ in range(warmup):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import nan
 from typing import Any
 
 
@@ -17,15 +18,16 @@ class IntegrationError(RuntimeError):
 
     t: where; step: the last step size tried; nfe: evaluations of the field so far;
     partial: the states at the output times that were reached, or None.
+    The defaults serve pickling alone, which restores the values afterwards.
     """
 
     def __init__(
         self,
         message: str,
         *,
-        t: float,
-        step: float,
-        nfe: int,
+        t: float = nan,
+        step: float = nan,
+        nfe: int = 0,
         partial: Any = None,
     ) -> None:
         super().__init__(message)

@@ -39,9 +39,7 @@ class KnowsDivergence(Protocol):
     """A field with a divergence of its own."""
 
     def prepare(self) -> tuple[Tensor, ...]: ...
-    def with_divergence(
-        self, t: Tensor, x: Tensor, *prepared: Tensor
-    ) -> tuple[Tensor, Tensor]: ...
+    def with_divergence(self, t: Tensor, x: Tensor, *prepared: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -148,10 +146,12 @@ def push(field: VectorField, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Te
         return carry(t, x, tangents)
 
     def along(tangent: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(lambda x: field(t, x), (x,), (tangent,))
+        value, pushed = torch.func.jvp(lambda x: field(t, x), (x,), (tangent,))  # pyright: ignore
+        return value, pushed
 
-    value, pushed = torch.func.vmap(along, out_dims=(None, 0), randomness="same")(tangents)
-    return value, pushed
+    # pyright: out_dims may be None for what is the same for all tangents
+    carried = torch.func.vmap(along, out_dims=(None, 0), randomness="same")  # pyright: ignore
+    return carried(tangents)
 
 
 class _Attached:

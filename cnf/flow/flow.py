@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self, overload
 
 import numpy as np
 import torch
@@ -99,6 +99,14 @@ class Flow(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.log_prob(x)
 
+    @overload
+    def log_prob(
+        self, x: Any, *, return_info: Literal[False] = False, chunk: int = ...
+    ) -> Tensor: ...
+    @overload
+    def log_prob(
+        self, x: Any, *, return_info: Literal[True], chunk: int = ...
+    ) -> tuple[Tensor, Info]: ...
     def log_prob(
         self, x: Any, *, return_info: bool = False, chunk: int = CHUNK
     ) -> Tensor | tuple[Tensor, Info]:
@@ -127,6 +135,14 @@ class Flow(nn.Module):
         log_prob = self._base_log_prob(moved.x) + moved.logdet + self.whitening.logdet()
         return log_prob.to(x.dtype), moved.stats
 
+    @overload
+    def sample(
+        self, n: int, *, return_log_prob: Literal[False] = False, seed: int | None = ...
+    ) -> Tensor: ...
+    @overload
+    def sample(
+        self, n: int, *, return_log_prob: Literal[True], seed: int | None = ...
+    ) -> tuple[Tensor, Tensor]: ...
     @torch.no_grad()
     def sample(
         self, n: int, *, return_log_prob: bool = False, seed: int | None = None
@@ -135,8 +151,18 @@ class Flow(nn.Module):
 
         seed: the same draws every time; None draws from torch's generator.
         """
-        return self.rsample(n, return_log_prob=return_log_prob, seed=seed)
+        if return_log_prob:
+            return self.rsample(n, return_log_prob=True, seed=seed)
+        return self.rsample(n, seed=seed)
 
+    @overload
+    def rsample(
+        self, n: int, *, return_log_prob: Literal[False] = False, seed: int | None = ...
+    ) -> Tensor: ...
+    @overload
+    def rsample(
+        self, n: int, *, return_log_prob: Literal[True], seed: int | None = ...
+    ) -> tuple[Tensor, Tensor]: ...
     def rsample(
         self, n: int, *, return_log_prob: bool = False, seed: int | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -233,8 +259,10 @@ class Flow(nn.Module):
         settings, tensors = read(path)
         for name, own in (("field", field), ("base", base)):
             if (stored := settings.pop(f"own_{name}", None)) and own is None:
-                raise InputError(f"{path} was saved with a {name} of its own, {stored}; hand it in "
-                                 f"again: Flow.load(path, {name}=…)")
+                raise InputError(
+                    f"{path} was saved with a {name} of its own, {stored}; hand it in "
+                    f"again: Flow.load(path, {name}=…)"
+                )
         flow = cls(**settings, field=field, base=base)
         flow.to(tensors["whitening.mean"].dtype if "whitening.mean" in tensors else flow.dtype)
         fill(flow, tensors, path)
@@ -263,10 +291,6 @@ class Flow(nn.Module):
             "own_field": _name_of(self.field) if self.has_own_field else None,
             "own_base": _name_of(self.base) if self.has_own_base else None,
         }
-
-    def field_is_trained(self) -> bool:
-        """Whether the field has learned anything: a default field starts as zero."""
-        return self.has_own_field or bool(self.field.get_parameter("out").any())
 
     @property
     def has_own_base(self) -> bool:

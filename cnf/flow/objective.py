@@ -109,4 +109,3 @@ def expected_velocity(at: Tensor, end: Tensor, t: Tensor) -> Tensor:
 def fresh(divergence: Divergence) -> Divergence:
     """The divergence with noise of its own for every row and solve, as training wants it."""
     return replace(divergence, seed=None) if isinstance(divergence, Hutchinson) else divergence
-

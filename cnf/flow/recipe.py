@@ -97,8 +97,7 @@ def _run(
     parameters = [p for p in flow.parameters() if p.requires_grad]
     best = Best()
     score = _Score(flow, validation)
-    if flow.field_is_trained():
-        best.offer(score(), [p.detach() for p in parameters])
+    best.offer(score(), [p.detach() for p in parameters])  # a fit never ends worse than it began
     elapsed = 0.0
     try:
         for plan in plans:

@@ -15,6 +15,7 @@ from cnf.data.digits import bits_per_dim
 Extent = tuple[float, float, float, float]  # left, right, bottom, top
 MARGIN = 0.5  # of the range that holds 99.8 % of the points, on each side: 6 σ of a normal one
 TAIL = 0.001
+CELLS = 200  # a side, of a report's grid
 
 
 class Law(Protocol):
@@ -133,7 +134,7 @@ def held_out(
         round_trip_relative=round_trip.relative,
         nfe=info.nfe,
         divergence=info.divergence,
-        mass=grid_mass(flow, rows) if flow.dim <= 2 else None,
+        mass=grid_mass(flow, rows, CELLS) if flow.dim <= 2 else None,
         **({} if law is None else _gap(values, x, law)),
         **({} if levels is None else _bits(values, flow.dim, levels)),
     )

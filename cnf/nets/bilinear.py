@@ -38,9 +38,7 @@ def value_and_trace(x: Tensor, layers: Layers, names: Names) -> tuple[Tensor, Te
     return value, trace
 
 
-def _forward(
-    x: Tensor, layers: Layers, names: Names
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+def _forward(x: Tensor, layers: Layers, names: Names) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     a1 = torch.addmm(layers.b1, x, layers.a1.T)
     h1, s1 = ACTIVATIONS[names[0]].slope(a1)
     a2 = torch.addmm(layers.b2, h1, layers.a2.T)
@@ -59,7 +57,9 @@ class _ValueAndTrace(torch.autograd.Function):
         return value, trace
 
     @staticmethod
-    def backward(ctx: Any, value_bar: Tensor, trace_bar: Tensor) -> tuple[Any, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, value_bar: Tensor, trace_bar: Tensor
+    ) -> tuple[Any, ...]:
         inputs, hidden = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
         if torch.is_grad_enabled():  # a second derivative is wanted: leave it to autograd
             value, trace, _ = _forward(inputs[0], Layers(*inputs[1:]), ctx.names)

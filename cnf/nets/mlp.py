@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +40,15 @@ class MLP(nn.Module):
         if dim < 1 or not hidden or min(hidden) < 1:
             raise ValueError(f"expected dim ≥ 1 and hidden widths ≥ 1, got {dim} and {hidden}")
         if activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {activation!r}; known are {', '.join(ACTIVATIONS)}")
+            raise ValueError(
+                f"unknown activation {activation!r}; known are {', '.join(ACTIVATIONS)}"
+            )
         first = activation if bandwidth is None else "sin"
         self.activations = (first, *[activation] * (len(hidden) - 1))
         widths = [dim, *hidden]
         self.weights = nn.ParameterList(
             nn.Parameter(torch.empty(rows, columns))
-            for columns, rows in zip(widths, widths[1:], strict=False)
+            for columns, rows in pairwise(widths)
         )
         self.out = nn.Parameter(torch.zeros(dim, widths[-1]))
         self.time = _TimeLayer(hidden, dim, frequencies)
@@ -109,7 +112,7 @@ class BilinearMLP(MLP):
         """(f, tr ∂f/∂x) of shapes (batch, dim) and (batch,); mixing: what `prepare` returned."""
         shifts, gates, drift = self.time(t)
         if len(self.weights) == 2 and t.ndim == 0:
-            # one time for all rows: the gates go into the matrices, which are smaller than the batch
+            # one time for all rows: put the gates into the matrices, smaller than the batch
             g1, g2 = gates
             layers = Layers(
                 a1=self.weights[0],
@@ -120,7 +123,7 @@ class BilinearMLP(MLP):
                 b3=drift,
                 m=mixing * g1 * g2.unsqueeze(-1),
             )
-            return value_and_trace(x, layers, self.activations)
+            return value_and_trace(x, layers, (self.activations[0], self.activations[1]))
         h, slope = ACTIVATIONS[self.activations[0]].slope(_affine(x, self.weights[0], shifts[0]))
         h, slope = h * gates[0], slope * gates[0]
         if len(self.weights) == 1:
@@ -139,6 +142,7 @@ class _TimeLayer(nn.Module):
         self.hidden_layers = len(hidden)
         angles = math.pi * torch.arange(1, frequencies + 1, dtype=torch.get_default_dtype())
         self.register_buffer("angles", angles, persistent=False)
+        self.angles: Tensor
         self.weight = nn.Parameter(torch.zeros(sum(self.sizes), 2 * frequencies + 1))
         self.bias = nn.Parameter(torch.zeros(sum(self.sizes)))
         with torch.no_grad():

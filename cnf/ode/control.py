@@ -20,10 +20,16 @@ class FixedStep:
 
     def __post_init__(self) -> None:
         _positive("step_size", self.step_size)
+        # a NumPy float32 or a tensor would drag the times down to its own precision
+        object.__setattr__(self, "step_size", float(self.step_size))
 
     def fit(self, step: float, remaining: float) -> float:
         """The step to take where `remaining` is left (both > 0); `remaining` itself lands."""
-        return remaining if remaining <= step * (1 + 1e-8) else step
+        return remaining if remaining <= step * (1 + _SLACK) else step
+
+    def count(self, span: float) -> int:
+        """How many steps cover `span`."""
+        return max(math.ceil(span / self.step_size - _SLACK), 1)
 
 
 @dataclass(frozen=True)
@@ -49,14 +55,16 @@ class Adaptive:
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
+            if not (_finite(value) and value >= 0):
                 raise InputError(f"{name} must be a number ≥ 0, got {value!r}")
+            object.__setattr__(self, name, float(value))
         if self.rtol == 0 and self.atol == 0:
             raise InputError("rtol and atol are both 0: no step could be accepted; set one of them")
         if self.quadrature_atol is not None:
             _positive("quadrature_atol", self.quadrature_atol)
         if self.first_step is not None:
             _positive("first_step", self.first_step)
+            object.__setattr__(self, "first_step", float(self.first_step))
         if not 0 < self.safety <= 1 or not 0 < self.min_factor < 1 < self.max_factor:
             raise InputError(
                 "expected 0 < safety ≤ 1 and 0 < min_factor < 1 < max_factor, got "
@@ -72,7 +80,7 @@ class Adaptive:
 
     def factor(self, ratio: float, order: int) -> float:
         """What to multiply the step by, given error over tolerance; a NaN ratio shrinks it most."""
-        if ratio == 0.0:
+        if ratio < 1e-300:  # 0, or so small that its inverse overflows
             return self.max_factor
         if not math.isfinite(ratio):
             return self.min_factor
@@ -83,11 +91,16 @@ class Adaptive:
 
 Control = FixedStep | Adaptive
 
+_SLACK = 1e-4  # of a fixed step: output times rounded to float32 must not cost one more
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        return False
+
 
 def _positive(name: str, value: float) -> None:
-    try:
-        good = math.isfinite(value) and value > 0
-    except TypeError:
-        good = False
-    if not good:
+    if not (_finite(value) and value > 0):
         raise InputError(f"{name} must be a number > 0, got {value!r}")

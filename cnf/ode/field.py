@@ -2,27 +2,32 @@
 
 Inside the core a field is called with the time as a host number and the state as leaves, and it
 reads named tensors: those passed to it (`rows`, `params`) and those that it captures. Captured
-leaves (a module's parameters, a tensor in a closure) are found; a captured tensor that is itself
-computed must be named, since backward evaluates the field on aliases of the named tensors: else its
-history would be walked a second time inside the solve.
+leaves (a module's parameters, a tensor in a closure) are found, by looking at what the field names
+and at what its first evaluation reads; a captured tensor that is itself computed must be named,
+since backward evaluates the field on aliases of the named tensors: else its history would be walked
+a second time inside the solve.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from cnf.error import InputError
 from cnf.ode.state import Leaves, Structure
 
 UserField = Callable[..., Any]
+Named = tuple[str, Tensor]
 
 
 class Evaluation(NamedTuple):
@@ -37,7 +42,8 @@ class Field:
     """A user's field f(t, y, *rows, *params) as (host time, leaves) → Evaluation.
 
     passed: the rows and params it is called with; captured: what it reads by itself;
-    substitutes: aliases by the id of the captured tensor whose place they take.
+    substitutes: aliases by the id of the captured tensor whose place they take; precision: the
+    autocast state of the solve, for evaluations in backward.
     """
 
     call: UserField
@@ -48,6 +54,7 @@ class Field:
     passed: Leaves = ()
     captured: Leaves = ()
     substitutes: dict[int, Tensor] = field(default_factory=dict)
+    precision: AbstractContextManager[Any] = field(default_factory=nullcontext)
 
     @property
     def tensors(self) -> Leaves:
@@ -55,19 +62,23 @@ class Field:
         return self.passed + self.captured
 
     def __call__(self, t: float, y: Leaves) -> Evaluation:
-        value = self.value(t, y)
+        value = self.value(self.clock(t), y)
         if self.rates is None:
             return Evaluation(self.state.leaves(value, "dy/dt"), ())
         slope, rates = value
         return Evaluation(self.state.leaves(slope, "dy/dt"), self.rates.leaves(rates, "the rates"))
 
-    def value(self, t: float, y: Leaves) -> Any:
+    def clock(self, t: float) -> Tensor:
+        """The time as the user's field gets it, a 0-d tensor."""
+        return torch.full((), t, dtype=self.dtype, device=self.device)
+
+    def value(self, time: Tensor, y: Leaves) -> Any:
         """What the user's field returns, as it is."""
-        time = torch.full((), t, dtype=self.dtype, device=self.device)
         if not self.substitutes:
             return self.call(time, self.state.build(y), *self.passed)
-        with _Substitute(self.substitutes):
-            return self.call(time, self.state.build(y), *self.passed)
+        with _Substitute(self.substitutes) as mode:
+            value = self.call(time, self.state.build(y), *self.passed)
+        return mode.swap(value)  # a captured tensor may be returned as it is
 
     def bind(self, tensors: Sequence[Tensor]) -> Field:
         """The same field, reading `tensors` in the place of its own."""
@@ -79,14 +90,33 @@ class Field:
     def aliases(self) -> Leaves:
         """Tensors to bind and differentiate by: computed ones cut from their history.
 
-        Captured leaves stand for themselves, since the engine stops there anyway.
+        Captured leaves stand for themselves, since the engine stops there anyway, unless the user
+        hooked them: hooks wait for the whole gradient, not for each step's part of it.
         """
-        captured = (leaf if leaf.is_leaf else _alias(leaf) for leaf in self.captured)
+        captured = (
+            leaf if leaf.is_leaf and not leaf._backward_hooks else _alias(leaf)
+            for leaf in self.captured
+        )
         return (*map(_alias, self.passed), *captured)
 
 
 def _alias(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def precision_of(device: torch.device) -> AbstractContextManager[Any]:
+    """The autocast state of now, to enter again later.
+
+    Without its cache of casts: a cast weight made before the solve would pass for a tensor that the
+    field captures.
+    """
+    kind = device.type
+    return torch.autocast(
+        kind,
+        dtype=torch.get_autocast_dtype(kind),
+        enabled=torch.is_autocast_enabled(kind),
+        cache_enabled=False,
+    )
 
 
 def name_tensors(
@@ -97,12 +127,15 @@ def name_tensors(
     params are passed where the field's signature asks for them, f(t, y, *rows, *params);
     else the field is taken to capture them.
     """
+    for name, tensors in (("rows", rows), ("params", params)):
+        if isinstance(tensors, Tensor):
+            raise InputError(f"{name} must be a list of tensors, got one tensor: {name}=[tensor]")
     given = tuple(params) if params is not None else ()
     for i, tensor in enumerate((*rows, *given)):
         if not isinstance(tensor, Tensor):
             where = f"rows[{i}]" if i < len(rows) else f"params[{i - len(rows)}]"
             raise InputError(f"{where} must be a tensor, got {type(tensor).__name__}")
-    found = tuple(_unique(p for p in _parameters(call) if p.requires_grad))
+    found = tuple(_unique(x for _, x in _reads(call, set()) if x.is_leaf and x.requires_grad))
     if given and _asks_for(call, 2 + len(rows) + len(given)):
         return (*rows, *given), found
     known = {id(p) for p in found}
@@ -110,9 +143,9 @@ def name_tensors(
 
 
 def find_captured(
-    call: UserField, evaluate: Callable[[], Evaluation], named: Sequence[Tensor]
+    call: UserField, evaluate: Callable[[], Evaluation], known: Sequence[Tensor]
 ) -> tuple[Evaluation, Leaves]:
-    """One evaluation with a graph, and the leaves that it reads beyond the `named` tensors.
+    """One evaluation with a graph, and the leaves that it reads beyond the `known` tensors.
 
     Raises InputError where it reads a computed tensor that nobody named.
     """
@@ -120,15 +153,13 @@ def find_captured(
         start = torch.zeros((), requires_grad=True).view(()).grad_fn
         evaluation = evaluate()
     born = _sequence_number(start)
-    known = {id(tensor) for tensor in named}
-    ends = {tensor.grad_fn for tensor in named if tensor.grad_fn is not None}
-    roots = [leaf.grad_fn for leaf in (*evaluation.slope, *evaluation.rates)]
+    ids = {id(tensor) for tensor in known}
+    leaves = (*evaluation.slope, *evaluation.rates)
     found: list[Tensor] = []
-    for node in _nodes(roots, ends):
+    for node in _nodes([get_gradient_edge(leaf).node for leaf in leaves if leaf.requires_grad]):
         leaf = getattr(node, "variable", None)
         if isinstance(leaf, Tensor):
-            if id(leaf) not in known and leaf.requires_grad:
-                known.add(id(leaf))
+            if id(leaf) not in ids:
                 found.append(leaf)
         elif _sequence_number(node) < born:
             name = _name_of(call, node)
@@ -150,19 +181,21 @@ class _Substitute(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = {key: self._swap(value) for key, value in (kwargs or {}).items()}
-        return func(*(self._swap(value) for value in args), **kwargs)
+        return func(*map(self.swap, args), **self.swap(kwargs or {}))
 
-    def _swap(self, value: Any) -> Any:
+    def swap(self, value: Any) -> Any:
+        """`value` with the aliases in the place of captured tensors."""
         if isinstance(value, Tensor):
             return self._substitutes.get(id(value), value)
         if type(value) in (tuple, list):
-            return type(value)(self._swap(part) for part in value)
+            return type(value)(map(self.swap, value))
+        if type(value) is dict:
+            return {key: self.swap(part) for key, part in value.items()}
         return value
 
 
 def _asks_for(call: UserField, count: int) -> bool:
-    """Whether the field's signature takes `count` positional arguments that it cannot do without."""
+    """Whether the field's signature asks for `count` positional arguments, no less."""
     target = call.forward if isinstance(call, nn.Module) else call
     try:
         parameters = inspect.signature(target).parameters.values()
@@ -174,35 +207,61 @@ def _asks_for(call: UserField, count: int) -> bool:
     return count == sum(p.kind in positional and p.default is p.empty for p in parameters)
 
 
-def _parameters(call: Any, depth: int = 3) -> Iterator[Tensor]:
-    """Parameters of the modules that a callable is, is bound to, wraps or closes over."""
-    if depth == 0:
-        return
-    if isinstance(call, partial):
-        for part in (call.func, *call.args, *call.keywords.values()):
-            yield from _parameters(part, depth - 1)
-    elif callable(getattr(call, "parameters", None)):
-        yield from call.parameters()
-    elif inspect.ismethod(call):
-        yield from _parameters(call.__self__, depth - 1)
-    elif inspect.isfunction(call):
-        for cell in call.__closure__ or ():
-            try:
-                contents = cell.cell_contents
-            except ValueError:  # a name that is not bound yet
-                continue
-            if isinstance(contents, nn.Module) or inspect.isroutine(contents):
-                yield from _parameters(contents, depth - 1)
+def _reads(thing: Any, seen: set[int], name: str = "self", depth: int = 5) -> Iterator[Named]:
+    """(name, tensor) for each tensor that a callable may read beside its arguments.
+
+    It looks into the modules, containers and objects that the callable is, is bound to, wraps or
+    names; what lies deeper is found only where the first evaluation reads it.
+    """
+    if isinstance(thing, Tensor):
+        yield name, thing
+    elif depth > 0 and id(thing) not in seen:
+        seen.add(id(thing))
+        if isinstance(thing, nn.Module):
+            yield from thing.named_parameters()
+        for key, part in _parts(thing, name):
+            yield from _reads(part, seen, key, depth - 1)
+
+
+def _parts(thing: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """(name, value) for what a function names, a wrapper wraps, a container or an object holds."""
+    if isinstance(thing, partial):
+        yield "func", thing.func
+        yield from ((f"args[{i}]", part) for i, part in enumerate(thing.args))
+        yield from thing.keywords.items()
+    elif inspect.ismethod(thing):
+        yield from (("function", thing.__func__), ("self", thing.__self__))
+    elif inspect.isfunction(thing):
+        yield from _variables(thing)
+    elif isinstance(thing, tuple | list):
+        yield from ((f"{name}[{i}]", part) for i, part in enumerate(thing))
+    elif isinstance(thing, dict):
+        yield from ((f"{name}[{key!r}]", part) for key, part in thing.items())
+    elif not isinstance(thing, type | ModuleType):
+        hidden = isinstance(thing, nn.Module)  # its own tables, which named_parameters() read
+        for key, part in getattr(thing, "__dict__", {}).items():
+            if not (hidden and key.startswith("_")):
+                yield f"{name}.{key}", part
+
+
+def _variables(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """(name, value) of the globals, the enclosing functions' variables and the defaults it uses."""
+    code = function.__code__
+    for name in code.co_names:
+        if name in function.__globals__:
+            yield name, function.__globals__[name]
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # a name that is not bound yet
+            yield name, cell.cell_contents
+    positional = code.co_varnames[: code.co_argcount]
+    yield from zip(reversed(positional), reversed(function.__defaults__ or ()), strict=False)
+    yield from (function.__kwdefaults__ or {}).items()
 
 
 def _name_of(call: Any, node: Any) -> str:
     """The name under which a callable captures the tensor that `node` computed."""
-    places: dict[str, Any] = dict(getattr(call, "__dict__", {}))
-    if inspect.isfunction(call):
-        variables = inspect.getclosurevars(call)
-        places |= {**variables.globals, **variables.nonlocals}
-    for name, value in places.items():
-        if isinstance(value, Tensor) and value.grad_fn is node:
+    for name, tensor in _reads(call, set()):
+        if tensor.grad_fn is node:
             return name
     return f"<{node.name()}>"
 
@@ -215,13 +274,13 @@ def _unique(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
             yield tensor
 
 
-def _nodes(roots: Sequence[Any], ends: set[Any]) -> Iterator[Any]:
-    """Autograd nodes under `roots`, each once, not walking past `ends`."""
-    waiting = [node for node in roots if node is not None]
+def _nodes(roots: Sequence[Any]) -> Iterator[Any]:
+    """Autograd nodes under `roots`, each once."""
+    waiting = list(roots)
     seen: set[Any] = set()
     while waiting:
         node = waiting.pop()
-        if node in seen or node in ends:
+        if node in seen:
             continue
         seen.add(node)
         yield node

@@ -50,7 +50,7 @@ class Problem:
 
 
 class Accepted(NamedTuple):
-    """One accepted step: from (t, y) by h; rows are those of the batch that took it, None for all."""
+    """One accepted step: from (t, y) by h; rows: those of the batch that took it, None for all."""
 
     rows: None
     t: float
@@ -134,7 +134,9 @@ def _run(
                     continue
                 # a step cut short to land says little about how long the next may be
                 size = grown if length == size else max(size, grown)
-            elif watch and not is_finite((*step.y, *step.increment)):
+                if t + h == t and grown <= length:
+                    raise _failure("the step vanished", problem, t, length, stats, out.states)
+            elif watch and not is_finite(step.y):
                 reason = "the state or the field turned non-finite"
                 rows = bad_rows(step.y)
                 raise _failure(reason, problem, t, h, stats, out.states, rows)
@@ -173,9 +175,9 @@ def _arrive(out: Trajectory, y: Leaves, integral: Leaves, steps: int) -> None:
 
 @torch.no_grad()
 def _error_ratio(step: Step, y: Leaves, control: Adaptive) -> Tensor:
-    """Estimated error over tolerance, 0-d: the largest RMS over the state's leaves and integrals."""
+    """Estimated error over tolerance, 0-d: the largest RMS of the state's leaves and integrals."""
     ratios = [
-        rms(error / torch.maximum(y0.abs(), y1.abs()).mul_(control.rtol).add_(control.atol))
+        rms(error / _tolerance(torch.maximum(y0.abs(), y1.abs()), control))
         for error, y0, y1 in zip(step.error, y, step.y, strict=True)
     ]
     if control.quadrature_atol is not None:
@@ -191,7 +193,7 @@ def _first_size(problem: Problem, evaluate: Evaluate, y: Leaves, first: Evaluati
         return control.step_size
     if control.first_step is not None:
         return min(control.first_step, span)
-    scales = tuple(leaf.abs().mul_(control.rtol).add_(control.atol) for leaf in y)
+    scales = tuple(_tolerance(leaf.abs(), control) for leaf in y)
     height, slope = torch.stack([_norm(y, scales), _norm(first.slope, scales)]).tolist()
     trial = 0.01 * height / slope if height > 1e-5 and slope > 1e-5 else 1e-6 * span
     trial = min(trial, span)
@@ -206,6 +208,11 @@ def _first_size(problem: Problem, evaluate: Evaluate, y: Leaves, first: Evaluati
         return span  # the field stands still here
     guess = (0.01 / steepest) ** (1 / problem.method.order)
     return min(100 * trial, guess, span) if math.isfinite(guess) else trial
+
+
+def _tolerance(size: Tensor, control: Adaptive) -> Tensor:
+    """atol + rtol·size, in place; never 0, since a part that stays 0 would have the error 0/0."""
+    return size.mul_(control.rtol).add_(max(control.atol, torch.finfo(size.dtype).tiny))
 
 
 def _norm(leaves: Leaves, scales: Leaves) -> Tensor:

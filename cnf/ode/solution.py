@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,7 +13,14 @@ from torch import Tensor
 
 from cnf.error import InputError, IntegrationError
 from cnf.ode.control import Adaptive, Control, FixedStep
-from cnf.ode.field import Evaluation, Field, UserField, find_captured, name_tensors
+from cnf.ode.field import (
+    Evaluation,
+    Field,
+    UserField,
+    find_captured,
+    name_tensors,
+    precision_of,
+)
 from cnf.ode.gradient.adjoint import Adjoint
 from cnf.ode.gradient.backprop import Backprop
 from cnf.ode.gradient.checkpoint import Checkpoint
@@ -90,7 +98,10 @@ def solve(
     _check_budget(times, steps, max_steps)
     passed, captured = name_tensors(field, rows, params)
     real = y[0].real.dtype if y[0].dtype.is_complex else y[0].dtype
-    inner = Field(field, state, None, real, y[0].device, passed, captured)
+    device = y[0].device
+    inner = Field(
+        field, state, None, real, device, passed, captured, precision=precision_of(device)
+    )
     stats = Stats()
     inner, first = _first_look(inner, times[0], y, quadrature, how, stats)
     problem = Problem(inner, times, chosen, steps, max_steps)
@@ -104,7 +115,7 @@ def solve(
         raise
     if timed:
         solved = _depend_on_times(solved, problem, first, t, stats)
-    t = t if isinstance(t, Tensor) else torch.tensor(times, dtype=real, device=y[0].device)
+    t = t if isinstance(t, Tensor) else torch.tensor(times, dtype=real, device=device)
     integral = inner.rates.build(solved.integrals) if inner.rates is not None else None
     return Solution(t, state.build(solved.states), integral, stats)
 
@@ -128,15 +139,19 @@ def _first_look(
     """
     start = tuple(leaf.detach() for leaf in y)
     stats.nfe += 1
+    searched = torch.is_grad_enabled() and not isinstance(how, Backprop)
+    aliases = field.aliases() if searched else field.tensors
+    bound, time = field.bind(aliases), field.clock(t)
     seen: list[Structure] = []
 
     def evaluate() -> Evaluation:
-        checked, structure = _checked_value(field, t, start, quadrature)
+        checked, structure = _checked_value(bound, time, start, quadrature)
         seen.extend([] if structure is None else [structure])
         return checked
 
-    if torch.is_grad_enabled() and not isinstance(how, Backprop):
-        first, found = find_captured(field.call, evaluate, field.tensors)
+    if searched:
+        with field.precision:
+            first, found = find_captured(field.call, evaluate, (*aliases, *start, time))
     else:
         first, found = evaluate(), ()
     first = Evaluation(*(tuple(leaf.detach() for leaf in part) for part in first))
@@ -145,9 +160,9 @@ def _first_look(
 
 
 def _checked_value(
-    field: Field, t: float, y: Leaves, quadrature: bool
+    field: Field, time: Tensor, y: Leaves, quadrature: bool
 ) -> tuple[Evaluation, Structure | None]:
-    value = field.value(t, y)
+    value = field.value(time, y)
     rates: Leaves = ()
     structure = None
     if quadrature:
@@ -164,12 +179,12 @@ def _checked_value(
         part = f"part {i} of dy/dt" if len(y) > 1 else "dy/dt"
         if dy.shape != leaf.shape:
             raise InputError(
-                f"the field returned {part} of shape {tuple(dy.shape)} at t={t:g}, expected "
+                f"the field returned {part} of shape {tuple(dy.shape)} at t={time:g}, expected "
                 f"y's shape {tuple(leaf.shape)}"
             )
         if dy.dtype != leaf.dtype or dy.device != leaf.device:
             raise InputError(
-                f"the field returned {part} as {dy.dtype} on {dy.device} at t={t:g}, but y is "
+                f"the field returned {part} as {dy.dtype} on {dy.device} at t={time:g}, but y is "
                 f"{leaf.dtype} on {leaf.device}; convert one of them"
             )
     return Evaluation(slope, rates), structure
@@ -191,6 +206,8 @@ def _checked_times(t: Tensor | Sequence[float]) -> tuple[float, ...]:
         if t.is_complex():
             raise InputError(f"t must be real, got {t.dtype}")
         times = tuple(t.detach().double().tolist())
+    elif isinstance(t, Sequence) and any(isinstance(x, Tensor) and x.requires_grad for x in t):
+        raise InputError("t holds tensors that require grad; give one tensor, torch.stack(t)")
     else:
         try:
             times = tuple(float(moment) for moment in t)
@@ -200,7 +217,7 @@ def _checked_times(t: Tensor | Sequence[float]) -> tuple[float, ...]:
         raise InputError(f"t must hold a start and at least one end, got {len(times)} times")
     if not all(math.isfinite(moment) for moment in times):
         raise InputError(f"t must be finite, got {times}")
-    rising = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    rising = [later - earlier for earlier, later in pairwise(times)]
     for i, difference in enumerate(rising):
         if difference == 0 or (difference > 0) != (rising[0] > 0):
             raise InputError(
@@ -257,10 +274,7 @@ def _check_budget(times: tuple[float, ...], control: Control, max_steps: int) ->
     if max_steps < 1:
         raise InputError(f"max_steps must be at least 1, got {max_steps!r}")
     if isinstance(control, FixedStep):
-        needed = sum(
-            math.ceil(abs(later - earlier) / control.step_size * (1 - 1e-8))
-            for earlier, later in zip(times, times[1:], strict=False)
-        )
+        needed = sum(control.count(abs(later - earlier)) for earlier, later in pairwise(times))
         if needed > max_steps:
             raise InputError(
                 f"step_size={control.step_size:g} needs {needed} steps from t={times[0]:g} to "
@@ -280,7 +294,7 @@ def _depend_on_times(
     solved: Solved, problem: Problem, first: Evaluation, t: Tensor, stats: Stats
 ) -> Solved:
     """The solution with its dependence on the output times: dL/dt_i = ⟨λ_i, f(t_i, y_i)⟩."""
-    slopes, rates = [tuple(map(torch.zeros_like, first.slope))], [first.rates]
+    slopes, rates = [first.slope], [first.rates]
     with torch.no_grad():
         for i, moment in enumerate(problem.times[1:], start=1):
             stats.nfe += 1
@@ -290,12 +304,13 @@ def _depend_on_times(
     shift = t - t.detach()
     return Solved(
         tuple(
-            _along(leaf, ks, shift) for leaf, ks in zip(solved.states, zip(*slopes), strict=True)
+            _along(leaf, ks, shift)
+            for leaf, ks in zip(solved.states, zip(*slopes, strict=True), strict=True)
         ),
         tuple(
-            _along(leaf, (torch.zeros_like(ks[0]), *ks[1:]), shift)
+            _along(leaf, ks, shift)
             - _along(torch.zeros_like(leaf), [ks[0]] * len(ks), shift[:1].expand_as(shift))
-            for leaf, ks in zip(solved.integrals, zip(*rates), strict=True)
+            for leaf, ks in zip(solved.integrals, zip(*rates, strict=True), strict=True)
         ),
     )
 

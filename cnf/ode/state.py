@@ -79,7 +79,7 @@ def is_finite(leaves: Leaves) -> bool:
 
 
 def precise_dtype(leaf: Tensor) -> torch.dtype:
-    """float64, or complex128 for complex leaves; the leaf's own dtype where a device has neither."""
+    """float64, or complex128 for complex leaves; the leaf's own where a device has neither."""
     if leaf.device.type == "mps":
         return leaf.dtype
     return torch.complex128 if leaf.dtype.is_complex else torch.float64

@@ -81,15 +81,15 @@ def _check(tableau: Tableau) -> None:
                 f"tableau {name!r}: row {i} of a has {len(row)} weights, expected {i}: "
                 "an explicit method's row i weighs the stages before i and no other"
             )
-        if abs(fsum(row) - tableau.c[i]) > 1e-10:
+        if not abs(fsum(row) - tableau.c[i]) <= 1e-10:  # so written, NaN does not pass
             raise InputError(
                 f"tableau {name!r}: row {i} of a sums to {fsum(row):.12g}, but c[{i}] is "
                 f"{tableau.c[i]:.12g}; the two must agree"
             )
-    if abs(fsum(tableau.b) - 1.0) > 1e-10:
+    if not abs(fsum(tableau.b) - 1.0) <= 1e-10:
         raise InputError(f"tableau {name!r}: b sums to {fsum(tableau.b):.12g}, expected 1")
     error = tableau.error
-    if error is not None and (len(error) != stages or abs(fsum(error)) > 1e-10):
+    if error is not None and not (len(error) == stages and abs(fsum(error)) <= 1e-10):
         raise InputError(
             f"tableau {name!r}: error has {len(error)} weights that sum to {fsum(error):.3g}; "
             f"expected {stages} that sum to 0 (b minus the embedded method's weights)"

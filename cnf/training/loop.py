@@ -159,7 +159,8 @@ class Average:
     def update(self) -> None:
         self._count += 1
         keep = (1 - 1 / self._count) ** (1 + self._power)
-        torch._foreach_lerp_(self.weights, self._parameters, 1 - keep)
+        for weight, parameter in zip(self.weights, self._parameters, strict=True):
+            weight.lerp_(parameter, 1 - keep)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cnf.error import IntegrationError
+from cnf.ode.control import Adaptive, Control
 from cnf.ode.field import Evaluation, Field
 from cnf.ode.gradient.problem import Solved, add_gradients, stacked, vjp
 from cnf.ode.integrate import Problem, Stats, integrate
@@ -46,26 +48,31 @@ class _Adjoint(torch.autograd.Function):
         solved = stacked(integrate(problem, tensors[:width], stats, first=first))
         ctx.problem, ctx.field, ctx.stats = problem, field, stats
         ctx.needs = tuple(tensor.requires_grad for tensor in tensors)
-        ctx.save_for_backward(*solved.states)
+        ctx.width = width
+        # the tensors too, so that torch notices one that is changed in place before backward
+        ctx.save_for_backward(*solved.states, *tensors[width:])
         return (*solved.states, *solved.integrals)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        states, problem = ctx.saved_tensors, ctx.problem
-        width, last = len(states), len(problem.times) - 1
+        problem, width, last = ctx.problem, ctx.width, len(ctx.problem.times) - 1
+        states = ctx.saved_tensors[:width]
         aliases = ctx.field.aliases()
         bound = ctx.field.bind(aliases)
+        wanted = tuple(x for x in aliases if x.requires_grad)
         a = [bar[last] for bar in cotangents[:width]]
         c = [bar[last] for bar in cotangents[width:]]
-        totals: list[Tensor | None] = [None] * len(aliases)
+        totals: list[Tensor | None] = [None] * len(wanted)
         for output in range(last, 0, -1):
             y = tuple(leaf[output] for leaf in states)
             span = (problem.times[output], problem.times[output - 1])
-            a, parts = _interval(problem, span, bound, aliases, y, a, c, ctx.stats)
+            a, parts = _interval(problem, span, bound, wanted, y, a, c, ctx.stats)
             add_gradients(totals, parts)
             a = [bar + more[output - 1] for bar, more in zip(a, cotangents[:width], strict=True)]
             c = [bar + more[output - 1] for bar, more in zip(c, cotangents[width:], strict=True)]
+        found = iter(totals)
+        totals = [next(found) if x.requires_grad else None for x in aliases]
         gradients = [
             None if g is None else g.to(x.dtype) for g, x in zip(totals, aliases, strict=True)
         ]
@@ -79,54 +86,72 @@ def _interval(
     problem: Problem,
     span: tuple[float, float],
     field: Field,
-    aliases: Leaves,
+    wanted: Leaves,
     y: Leaves,
     a: Sequence[Tensor],
     c: Sequence[Tensor],
     stats: Stats,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor | None]]:
     """The adjoint at the start of one output interval, and the named tensors' gradients over it.
 
     The adjoint equation is linear: it is solved for cotangents of unit size, so that the tolerance
-    is relative to the gradient.
+    is relative to the gradient; a cotangent that is not finite makes every gradient NaN.
     """
     scale = largest([rms(bar) for bar in (*a, *c) if bar.numel()] or [torch.ones(())])
-    scale = torch.where(scale > 0, scale, 1.0)
-    unit = tuple(bar / scale.to(_real(bar)) for bar in a)
-    rates_bar = tuple(bar / scale.to(_real(bar)) for bar in c)
-    augmented = _Augmented(field, aliases, rates_bar, len(y))
+    scale = torch.where(scale == 0, 1.0, scale)
+    units = [torch.where(scale.isfinite(), bar / scale.to(_real(bar)), 0.0) for bar in (*a, *c)]
+    augmented = _Augmented(field, wanted, tuple(units[len(y) :]), len(y), set())
+    adjoint = replace(problem, field=augmented, times=span, control=_without_rates(problem.control))
     backward = Stats()
-    solved = integrate(replace(problem, field=augmented, times=span), (*y, *unit), backward)
-    stats.nfe_backward += backward.nfe
+    try:
+        solved = integrate(adjoint, (*y, *units[: len(y)]), backward)
+    except IntegrationError as error:
+        error.partial = None  # what was reached is the adjoint's, not the solution's
+        raise
+    finally:
+        stats.nfe_backward += backward.nfe
     a = [leaf * scale.to(_real(leaf)) for leaf in solved.states[-1][len(y) :]]
-    return a, [leaf * scale.to(_real(leaf)) for leaf in solved.integrals[-1]]
+    return a, [
+        leaf * scale.to(_real(leaf)) if i in augmented.reached else None
+        for i, leaf in enumerate(solved.integrals[-1])
+    ]
 
 
 def _real(leaf: Tensor) -> torch.dtype:
     return leaf.real.dtype
 
 
+def _without_rates(control: Control) -> Control:
+    """The same steps, not chosen by what is integrated: here that is the parameter gradient."""
+    return replace(control, quadrature_atol=None) if isinstance(control, Adaptive) else control
+
+
 @dataclass(frozen=True)
 class _Augmented:
-    """(y, a) ↦ (f, −a ∂f/∂y − c ∂rates/∂y), with rates −(a ∂f/∂θ + c ∂rates/∂θ)."""
+    """(y, a) ↦ (f, −a ∂f/∂y − c ∂rates/∂y), with rates −(a ∂f/∂θ + c ∂rates/∂θ).
+
+    reached: indices of the wanted tensors that the field read at least once.
+    """
 
     field: Field
-    aliases: Leaves
+    wanted: Leaves
     rates_bar: Leaves
     width: int
+    reached: set[int]
 
     def __call__(self, t: float, state: Leaves) -> Evaluation:
         y = tuple(leaf.detach().requires_grad_() for leaf in state[: self.width])
         a = state[self.width :]
-        with torch.enable_grad():
+        with torch.enable_grad(), self.field.precision:
             value = self.field(t, y)
         rates_bar = [
             bar.to(rate.dtype) for bar, rate in zip(self.rates_bar, value.rates, strict=True)
         ]
-        inputs = (*y, *self.aliases)
+        inputs = (*y, *self.wanted)
         found = vjp((*value.slope, *value.rates), (*a, *rates_bar), inputs)
         pulled = tuple(
             torch.zeros_like(x) if g is None else -g for g, x in zip(found, inputs, strict=True)
         )
+        self.reached.update(i for i, g in enumerate(found[self.width :]) if g is not None)
         slope = tuple(leaf.detach() for leaf in value.slope)
         return Evaluation((*slope, *pulled[: self.width]), pulled[self.width :])

@@ -20,5 +20,5 @@ class Backprop:
     def solve(
         self, problem: Problem, field: Field, y: Leaves, first: Evaluation, stats: Stats
     ) -> Solved:
-        stats.nfe -= 1  # the field at the start is needed once more, with its graph
+        # without `first`: the field at the start is needed once more, with its graph
         return stacked(integrate(problem, y, stats))

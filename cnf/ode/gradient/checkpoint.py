@@ -47,7 +47,9 @@ class _Replayed(torch.autograd.Function):
         ctx.steps = [(accepted.t, accepted.h) for accepted in trajectory.record]
         ctx.marks = trajectory.marks
         ctx.needs = tuple(tensor.requires_grad for tensor in tensors)
-        ctx.save_for_backward(*(leaf for accepted in trajectory.record for leaf in accepted.y))
+        states = (leaf for accepted in trajectory.record for leaf in accepted.y)
+        # the tensors too, so that torch notices one that is changed in place before backward
+        ctx.save_for_backward(*states, *tensors[width:])
         solved = stacked(trajectory)
         return (*solved.states, *solved.integrals)
 
@@ -123,4 +125,5 @@ class _Replay:
 
     def _evaluate(self, t: float, y: Leaves) -> Evaluation:
         self.stats.nfe_backward += 1
-        return self.field(t, y)
+        with self.field.precision:
+            return self.field(t, y)

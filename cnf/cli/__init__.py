@@ -1,0 +1,72 @@
+"""The command line: `main` reads the arguments and leaves the work to the verb's own file.
+
+Nothing here waits for torch: a verb is loaded when it is called.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from cnf import __version__
+from cnf.cli.parser import parse
+from cnf.error import InputError, IntegrationError
+
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+WRONG_PLACE = (
+    FileExistsError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0 done, 1 the program failed, 2 wrong input or use, 130 interrupted.
+
+    argv: the arguments, by default those of the process.  Errors of the user, of the integration
+    and of files are one sentence on stderr; any other keeps its traceback.
+    """
+    try:
+        return _run(argv)
+    except InputError as error:
+        return _fail(WRONG_INPUT, error)
+    except RuntimeError as error:
+        if not _is_a_sentence(error):
+            raise
+        return _fail(FAILED, error)
+    except KeyboardInterrupt as interrupt:
+        return _fail(INTERRUPTED, "; ".join(["interrupted", *map(str, interrupt.args)]))
+    except BrokenPipeError:  # whoever read our output has stopped, as in `cnf --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        code = WRONG_INPUT if isinstance(error, WRONG_PLACE) else FAILED
+        return _fail(code, f"{where}{error.strerror or error}")
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        arguments = parse(argv, __version__)
+    except SystemExit:  # --help and --version have been answered
+        arguments = None
+    if arguments is not None:
+        import_module(f"cnf.cli.{arguments.verb}").run(arguments)
+    sys.stdout.flush()  # a closed pipe shows here, not after the last line of this program
+    return DONE
+
+
+def _is_a_sentence(error: RuntimeError) -> bool:
+    """Whether the error was written for users: a solution or a training that cannot go on."""
+    from cnf.training.loop import TrainingError  # whoever raises it has loaded torch
+
+    return isinstance(error, IntegrationError | TrainingError)
+
+
+def _fail(code: int, message: object) -> int:
+    print(f"cnf: {' '.join(str(message).split())}", file=sys.stderr)
+    return code

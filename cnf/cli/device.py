@@ -1,0 +1,20 @@
+"""The device to compute on, tried before anything is read or written."""
+
+from __future__ import annotations
+
+import torch
+
+from cnf.error import InputError
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name.  Raises InputError if it is unknown or not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"{name!r} is no device; use cpu, cuda, cuda:1 or mps") from error
+    try:
+        torch.ones(1, device=device).item()  # the meta device has no values, others no hardware
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise InputError(f"device {name!r} is not on this machine; try --device cpu") from error
+    return device

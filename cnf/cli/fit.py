@@ -1,0 +1,147 @@
+"""`cnf fit`: data in, a run folder and the figures of its flow out."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cnf import __version__
+from cnf.cli.device import usable_device
+from cnf.cli.folder import FIGURES, MODEL, RunFolder, claimed_folder, json_text
+from cnf.cli.picture import save_density, save_training
+from cnf.cli.source import Source, read_source
+from cnf.flow.flow import Flow
+from cnf.flow.report import held_out
+from cnf.training.loop import Progress
+
+
+def run(arguments: Namespace) -> None:
+    """Fit, judge and draw; the figures go to stdout and into the run folder.
+
+    All input is checked before the folder is touched; the model is saved before it is judged.
+    """
+    start = time.perf_counter()
+    device = usable_device(arguments.device)
+    source = read_source(
+        arguments.data,
+        seed=arguments.seed,
+        rows=arguments.rows,
+        columns=arguments.columns,
+        dequantized=arguments.dequantize,
+    )
+    for warning in source.warnings:
+        print(f"cnf: warning: {warning}", file=sys.stderr)
+    flow = _flow(source, arguments).to(device)
+    with claimed_folder(_out(arguments, source), arguments.overwrite) as folder:
+        history = _train(flow, source, arguments, folder)
+        _tell(arguments, "judging the density and drawing it")
+        report = held_out(flow, source.held_out, source.law, source.levels)
+        save_density(flow, source, folder.path)
+        save_training(history, folder.path, source.name, report.entropy)
+        figures = {
+            "run": str(folder.path),
+            "data": source.name,
+            **report.as_dict(),
+            "steps": len(history),
+            "skipped": sum(_skipped(history)),
+            "parameters": sum(weight.numel() for weight in flow.parameters()),
+            "training_seconds": history[-1].seconds if history else 0.0,
+            "seconds": time.perf_counter() - start,
+        }
+        folder.write_json(FIGURES, figures)
+    if arguments.json:
+        print(json_text(figures))
+    else:
+        print("\n".join([*report.lines(), *_closing_lines(figures, folder.path)]))
+
+
+def _flow(source: Source, arguments: Namespace) -> Flow:
+    widths = {} if arguments.hidden is None else {"hidden": arguments.hidden}
+    return Flow(source.dim, seed=arguments.seed, **widths)
+
+
+def _out(arguments: Namespace, source: Source) -> str:
+    return str(Path("runs", source.name)) if arguments.out is None else arguments.out
+
+
+def _tell(arguments: Namespace, message: str) -> None:
+    if not arguments.quiet:
+        print(message, file=sys.stderr)
+
+
+def _train(flow: Flow, source: Source, arguments: Namespace, folder: RunFolder) -> list[Progress]:
+    """The records of all steps; the model and every record are in the folder."""
+    history: list[Progress] = []
+    config = _config(flow, source, arguments)
+
+    def keep(record: Progress) -> None:
+        if not history:  # by now `fit` has accepted its input
+            folder.begin(config)
+        history.append(record)
+        folder.add_step(asdict(record))
+
+    rows = f"{len(source.train):,} rows of {source.dim} columns"
+    _tell(arguments, f"fitting {source.name}, {rows}, into {folder.path}")
+    try:
+        flow.fit(
+            source.train,
+            validation=source.validation,
+            callback=keep,
+            progress=not arguments.quiet,
+            **_settings(arguments),
+        )
+    except KeyboardInterrupt:
+        if not history:
+            raise
+        flow.save(folder.path / MODEL)
+        raise KeyboardInterrupt(f"the best weights so far are in {folder.path}") from None
+    if not history:  # a budget too small for one step
+        folder.begin(config)
+    flow.save(folder.path / MODEL)
+    return history
+
+
+def _settings(arguments: Namespace) -> dict[str, Any]:
+    """What goes to `Flow.fit` as it was given."""
+    names = ("method", "seconds", "steps", "seed", "lr", "batch_size", "device")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _config(flow: Flow, source: Source, arguments: Namespace) -> dict[str, Any]:
+    """What it takes to repeat the run."""
+    versions = {
+        "cnf": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+    return {
+        "arguments": vars(arguments),
+        "data": source.description,
+        "flow": flow.config,
+        "versions": versions,
+    }
+
+
+def _skipped(history: list[Progress]) -> list[int]:
+    """Batches left out in each phase: the count starts again with a phase."""
+    return list({record.phase: record.skipped for record in history}.values())
+
+
+def _closing_lines(figures: dict[str, Any], folder: Path) -> list[str]:
+    trained, total = figures["training_seconds"], figures["seconds"]
+    names = ", ".join(sorted(path.name for path in folder.iterdir()))
+    lines = [
+        ("time", f"{trained:.1f} s for {figures['steps']:,} steps, {total:.1f} s in all"),
+        ("files", f"{folder}: {names}"),
+        ("next", f"cnf sample {folder} -n 1000 -o samples.npy"),
+        ("", f"cnf logprob {folder} FILE -o log_prob.csv"),
+    ]
+    return [f"{name:<14}{text}" for name, text in lines]

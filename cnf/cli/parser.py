@@ -1,0 +1,250 @@
+"""The arguments of every verb and the pages that `--help` prints; imports neither torch nor numpy.
+
+What a verb does with its arguments stands in the file of its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from cnf.error import InputError
+
+PAGE = """\
+cnf learns a density from data by a continuous normalizing flow: an ODE that carries
+a normal distribution to the data. The density can be evaluated, sampled and checked.
+
+FIT A DENSITY
+  cnf fit moons --seconds 30               a toy set, whose true density is known
+  cnf fit digits --seconds 300             8 x 8 images of handwritten digits
+  cnf fit wine.csv                         a table of your own: .csv, .npy or .npz
+  cnf fit wine.csv --columns alcohol,hue --out runs/wine
+
+  The run folder, here runs/moons, holds the model, the settings that repeat the run, a
+  record of every step and pictures. A run is never overwritten: runs/moons-2 follows.
+
+DRAW FROM IT
+  cnf sample runs/moons -n 1000 -o moons.npy
+  cnf sample runs/wine -n 500 --seed 1 -o wine.csv
+
+EVALUATE IT
+  cnf logprob runs/wine new.csv -o log_prob.csv
+
+  gives log p(x) in nats for every row, and their mean.
+
+EACH VERB HAS A PAGE
+  cnf fit --help       cnf sample --help       cnf logprob --help
+"""
+
+CODES = """\
+Results go to stdout, progress and messages to stderr; with --json stdout is one JSON object.
+Exit codes: 0 done; 1 the program failed; 2 wrong input or use; 130 interrupted.
+"""
+
+FIT_PAGE = """\
+Fit a flow to data and report what the density is worth on rows that it has not seen.
+
+DATA is the name of a set that comes with cnf, or a file:
+  8gaussians checkerboard moons circles rings swissroll 2spirals pinwheel
+                 points in the plane, with a known density: the report gives the gap to it
+  digits         1,797 images of 8 x 8 pixels 0 ... 16; the flow sees (pixel + u) / 17 in [0, 1)
+                 with uniform noise u, and the report adds bits per dimension, an upper bound
+  FILE.csv       numbers, with or without a header; FILE.npy, FILE.npz: one array (rows, columns)
+
+A file is split by the seed: 15 % of its rows are held out for the report, 15 % choose the best
+weights, the rest trains.  A .npy file above 256 MB is not loaded; its last rows are held out.
+"""
+
+FIT_EXAMPLES = """\
+the run folder:
+  model.safetensors   the flow; cnf.Flow.load reads it
+  config.json         data, settings, seed and versions: what it takes to repeat the run
+  metrics.jsonl       a line for every training step
+  metrics.json        the final figures
+  density.png         data, density and samples (samples.png for images), and training.png
+
+examples:
+  cnf fit checkerboard --seconds 60 --seed 1
+  cnf fit moons --steps 2000 --rows 20000 --hidden 64,64 --method ml
+  cnf fit wine.csv --columns alcohol,hue,ash --out runs/wine
+  cnf fit counts.csv --dequantize          whole numbers have no density: add uniform noise
+  cnf fit points.npy --json --quiet > figures.json
+"""
+
+SAMPLE_PAGE = """\
+Draw samples from the flow in a run folder and write them to a table, one row for each.
+
+Columns are those of the training data, in its units.  A run of digits gives (pixel + u) / 17 in
+64 columns: floor(17 x) is the pixel.
+"""
+
+SAMPLE_EXAMPLES = """\
+examples:
+  cnf sample runs/moons -n 1000 -o moons.npy
+  cnf sample runs/wine -n 500 --seed 1 -o wine.csv     the same 500 every time
+"""
+
+LOGPROB_PAGE = """\
+Evaluate log p(x), in nats, for every row of a table, and print the mean with its standard error.
+
+Rows are in the units of the training data.  If the run was trained on named columns and FILE has
+a header, the columns are found by name and others are ignored; otherwise they are taken in order.
+A run of digits expects 64 columns (pixel + u) / 17 in [0, 1), with u uniform on [0, 1).
+"""
+
+LOGPROB_EXAMPLES = """\
+examples:
+  cnf logprob runs/moons points.npy -o log_prob.npy
+  cnf logprob runs/wine new.csv -o log_prob.csv
+  cnf logprob runs/wine other.csv --columns 0,3 -o log_prob.csv --json
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises InputError where argparse would print its usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def parse(argv: Sequence[str] | None, version: str) -> argparse.Namespace:
+    """The arguments; `verb` among them names the file that runs them.
+
+    Raises InputError for wrong use, SystemExit once --help or --version is answered.
+    """
+    parser = _page(Parser, prog="cnf", description=PAGE, epilog=CODES, usage="cnf VERB ...")
+    parser.add_argument("--version", action="version", version=f"cnf {version}")
+    verbs = parser.add_subparsers(prog="cnf", dest="verb", metavar="VERB", help=argparse.SUPPRESS)
+    for name, page, examples, add_arguments in VERBS:
+        verb = _page(verbs.add_parser, name, description=page, epilog=examples)
+        add_arguments(verb)
+    arguments = parser.parse_args(argv)
+    if arguments.verb is None:
+        parser.error(f"name a verb: {', '.join(name for name, *_ in VERBS)}")
+    return arguments
+
+
+def _page(make: Callable[..., Any], *names: str, **texts: str) -> Any:
+    wide = argparse.RawDescriptionHelpFormatter
+    return make(*names, formatter_class=wide, allow_abbrev=False, **texts)
+
+
+def _fit_arguments(verb: Parser) -> None:
+    verb.add_argument("data", metavar="DATA", help="the name of a set, or a file")
+    place = verb.add_argument_group("where the results go")
+    place.add_argument("--out", metavar="RUN", help="the run folder (default: runs/NAME)")
+    place.add_argument(
+        "--overwrite", action="store_true", help="replace the run in that folder, if there is one"
+    )
+    place.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    place.add_argument("--quiet", action="store_true", help="no progress, nothing but warnings")
+
+    data = verb.add_argument_group("data")
+    data.add_argument(
+        "--columns", metavar="A,B", type=_names, help="columns of the file, by name or index"
+    )
+    data.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="add uniform noise to the file's columns of repeated or whole numbers",
+    )
+    data.add_argument(
+        "--rows", metavar="N", type=_count, help="points of a toy set to train on (100000)"
+    )
+
+    training = verb.add_argument_group("training")
+    budget = training.add_mutually_exclusive_group()
+    budget.add_argument("--seconds", metavar="S", type=_positive, help="time to train (50)")
+    budget.add_argument("--steps", metavar="N", type=_count, help="steps to train, instead of time")
+    training.add_argument(
+        "--seed", metavar="K", type=_seed, default=0, help="of data, weights and batches (0)"
+    )
+    training.add_argument(
+        "--hidden", metavar="128,128", type=_widths, help="widths of the field's hidden layers"
+    )
+    training.add_argument(
+        "--method",
+        choices=("auto", "fm", "ml"),
+        default="auto",
+        help="flow matching, maximum likelihood, or auto: the first, then the second",
+    )
+    training.add_argument("--batch-size", metavar="N", type=_count, help="rows of a step")
+    training.add_argument("--lr", metavar="X", type=_positive, help="the largest learning rate")
+    _device_argument(training)
+
+
+def _sample_arguments(verb: Parser) -> None:
+    verb.add_argument("run_folder", metavar="RUN", help="a run folder that `cnf fit` wrote")
+    verb.add_argument("-n", metavar="N", type=_count, required=True, help="how many samples")
+    verb.add_argument("--seed", metavar="K", type=_seed, help="the same samples every time")
+    _output_arguments(verb)
+
+
+def _logprob_arguments(verb: Parser) -> None:
+    verb.add_argument("run_folder", metavar="RUN", help="a run folder that `cnf fit` wrote")
+    verb.add_argument("file", metavar="FILE", help="a table: .csv, .npy or .npz")
+    verb.add_argument(
+        "--columns", metavar="A,B", type=_names, help="columns of FILE, by name or index"
+    )
+    _output_arguments(verb)
+
+
+def _output_arguments(verb: Parser) -> None:
+    verb.add_argument(
+        "-o", metavar="FILE", dest="output", required=True, help="where to write: .csv or .npy"
+    )
+    verb.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
+    _device_argument(verb)
+
+
+def _device_argument(verb: Any) -> None:
+    verb.add_argument("--device", metavar="NAME", default="cpu", help="cpu, cuda, mps (cpu)")
+
+
+VERBS = (
+    ("fit", FIT_PAGE, FIT_EXAMPLES, _fit_arguments),
+    ("sample", SAMPLE_PAGE, SAMPLE_EXAMPLES, _sample_arguments),
+    ("logprob", LOGPROB_PAGE, LOGPROB_EXAMPLES, _logprob_arguments),
+)
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def _count(text: str) -> int:
+    return _whole(text, 1, "a whole number above 0")
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 0, "a whole number from 0 to 2^63 - 1")
+
+
+def _whole(text: str, least: int, kind: str) -> int:
+    value = int(text) if text.isdecimal() and len(text) < 20 else -1
+    if not least <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {kind}")
+    return value
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    return tuple(_count(width.strip()) for width in text.split(","))
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if "" in names:
+        raise argparse.ArgumentTypeError(f"{text!r} leaves a name empty")
+    return names

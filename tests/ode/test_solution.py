@@ -1,0 +1,512 @@
+"""The front door: answers within the tolerance, sentences for what cannot be solved."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import quad, solve_ivp
+from torch import nn
+
+import cnf
+from cnf.error import InputError, IntegrationError
+from cnf.ode.control import Adaptive, FixedStep
+from cnf.ode.solution import GRADIENTS, solve
+from cnf.ode.tableau import TABLEAUS, Tableau
+
+F64 = torch.float64
+ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.adaptive]
+STEPS = {
+    "fixed": dict(method="rk4", step_size=0.05),
+    "adaptive": dict(method="dopri5", rtol=1e-8, atol=1e-10),
+}
+EACH_STEPS = pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
+EACH_GRADIENT = pytest.mark.parametrize("gradient", GRADIENTS)
+
+
+def decay(t, y):
+    return -y
+
+
+# accuracy ------------------------------------------------------------------------------------
+
+
+def lotka_volterra(t, y):
+    prey, fox = y.unbind(-1)
+    return torch.stack([1.5 * prey - prey * fox, prey * fox - 3.0 * fox], -1)
+
+
+def brusselator(t, y):
+    a, b = y.unbind(-1)
+    return torch.stack([1 + a * a * b - 4 * a, 3 * a - a * a * b], -1)
+
+
+def driven_linear(t, y):
+    wave = torch.stack([torch.cos(3 * t), -t * torch.sin(t)])
+    return y.flip(-1) * torch.tensor([1.0, -2.0], dtype=y.dtype) - 0.1 * t * y + wave
+
+
+def pendulum(t, y):
+    angle, speed = y.unbind(-1)
+    return torch.stack([speed, -torch.sin(angle)], -1)
+
+
+PROBLEMS = {
+    "lotka-volterra": (lotka_volterra, (1.0, 1.0), (0.0, 5.0)),
+    "brusselator": (brusselator, (1.5, 3.0), (0.0, 6.0)),
+    "driven linear": (driven_linear, (1.0, 0.0), (-1.0, 4.0)),
+    "pendulum": (pendulum, (1.5, 0.0), (0.0, 8.0)),
+}
+
+
+@pytest.fixture(scope="module", params=[(p, d) for p in PROBLEMS for d in "+-"], ids=" ".join)
+def problem(request):
+    """(field, start, times, states there), the states by SciPy; "-" runs the same ways backward."""
+    name, direction = request.param
+    ahead, start, (t0, t1) = PROBLEMS[name]
+    sign = 1 if direction == "+" else -1
+    times = sign * np.linspace(t0, t1, 4)
+
+    def field(t, y):
+        return sign * ahead(sign * t, y)
+
+    def right(t, y):
+        return field(torch.tensor(t), torch.tensor(y)).numpy()
+
+    exact = solve_ivp(right, times[[0, -1]], start, "DOP853", times, rtol=1e-12, atol=1e-12)
+    return field, torch.tensor(start, dtype=F64), torch.tensor(times), torch.tensor(exact.y.T)
+
+
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-7, 1e-9])
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_the_solution_meets_its_tolerance(method, tolerance, problem):
+    field, start, times, exact = problem
+    if method == "bosh3" and tolerance < 1e-8:
+        tolerance = 1e-8  # order 3 is slow there
+    sol = solve(field, start, times, method=method, rtol=tolerance, atol=tolerance)
+    allowed = 30 * tolerance * (1 + exact.abs().amax(0))
+    assert ((sol.y - exact).abs() <= allowed).all()
+
+
+def test_other_output_times_leave_the_result_within_the_tolerance(problem):
+    field, start, times, exact = problem
+    settings = dict(rtol=1e-7, atol=1e-7)
+    for t in (times[[0, -1]], torch.linspace(times[0], times[-1], 101, dtype=F64)):
+        end = solve(field, start, t, **settings).y[-1]
+        assert torch.allclose(end, exact[-1], rtol=3e-6, atol=3e-6)
+
+
+def test_there_and_back_is_where_one_started():
+    y0 = torch.randn(5, 2, dtype=F64)
+    there = solve(pendulum, y0, [0.0, 3.0], rtol=1e-10, atol=1e-10).y[-1]
+    back = solve(pendulum, there, [3.0, 0.0], rtol=1e-10, atol=1e-10).y[-1]
+    assert torch.allclose(back, y0, atol=1e-7)
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-5])
+def test_single_precision_meets_a_loose_tolerance(tolerance):
+    y0 = torch.tensor([1.5, 0.0])
+    sol = solve(pendulum, y0, [0.0, 8.0], rtol=tolerance, atol=tolerance)
+    exact = solve(pendulum, y0.double(), [0.0, 8.0], rtol=1e-11, atol=1e-11)
+    assert sol.y.dtype == torch.float32
+    assert torch.allclose(sol.y.double(), exact.y, atol=100 * tolerance)
+
+
+@pytest.mark.parametrize("method", TABLEAUS)
+def test_a_time_only_field_is_integrated_as_a_quadrature(method):
+    sol = solve(
+        lambda t, y: torch.cos(5 * t) + 0 * y,
+        torch.zeros(1, dtype=F64),
+        [0.0, 2.0],
+        method=method,
+        step_size=1e-3,
+    )
+    wanted = quad(lambda t: math.cos(5 * t), 0, 2)[0]
+    assert sol.y[-1].item() == pytest.approx(wanted, abs=5e-3 if method == "euler" else 2e-6)
+
+
+# what comes back -----------------------------------------------------------------------------
+
+
+@EACH_STEPS
+@pytest.mark.parametrize(
+    "y0",
+    [
+        torch.tensor(1.0),
+        torch.ones(3),
+        torch.ones(2, 3, 4),
+        torch.empty(0, 2),
+        torch.ones(2, 0),
+        torch.ones(4, 3, dtype=F64).T,
+        torch.ones(1, 2).expand(3, 2),
+        torch.ones(2, dtype=torch.complex64),
+    ],
+    ids=lambda y: f"{tuple(y.shape)}-{y.dtype}",
+)
+def test_the_states_are_stacked_along_the_times(steps, y0):
+    copy = y0.clone()
+    sol = solve(decay, y0, [0.0, 0.5, 1.0], **steps)
+    assert sol.y.shape == (3, *y0.shape) and sol.y.dtype == y0.dtype
+    assert torch.equal(sol.y[0], copy) and torch.equal(y0, copy)
+    assert torch.allclose(sol.y[-1], copy * math.exp(-1), rtol=1e-5)
+    assert sol.y.data_ptr() != y0.data_ptr() or y0.numel() == 0
+    assert sol.t.tolist() == [0.0, 0.5, 1.0] and sol.integral is None
+
+
+@EACH_STEPS
+def test_a_structured_state_comes_back_in_its_structure(steps):
+    y0 = {"x": torch.ones(3, 2), "v": (torch.tensor(2.0), [torch.ones(1, dtype=F64)])}
+
+    def field(t, state):
+        assert isinstance(state["v"], tuple)
+        x, (v, (w,)) = state["x"], state["v"]
+        return {"v": (-v, (-w,)), "x": x * 0 + v}  # keys in another order
+
+    sol = solve(field, y0, [0.0, 1.0], **steps)
+    assert list(sol.y) == ["x", "v"]
+    assert sol.y["x"].shape == (2, 3, 2) and sol.y["v"][0].shape == (2,)
+    assert sol.y["v"][1][0].dtype == F64
+    assert torch.allclose(sol.y["x"][-1], torch.tensor(1 + 2 * (1 - math.exp(-1))))
+
+
+@EACH_STEPS
+def test_a_tuple_state_is_solved_as_its_parts_are(steps):
+    parts = torch.randn(2, 3, dtype=F64), torch.randn(4, dtype=F64)
+    whole = solve(lambda t, y: (torch.sin(y[0]), -t * y[1]), parts, [0.0, 2.0], **steps)
+    first = solve(lambda t, y: torch.sin(y), parts[0], [0.0, 2.0], **steps)
+    assert torch.allclose(whole.y[0][-1], first.y[-1], atol=1e-7)
+    exact = parts[1] * math.exp(-2.0)
+    assert torch.allclose(whole.y[1][-1], exact, atol=1e-5)
+
+
+def test_a_complex_state_turns():
+    y0 = torch.tensor([1.0, 1j], dtype=torch.complex128)
+    sol = solve(lambda t, y: 1j * y, y0, [0.0, math.pi], rtol=1e-9, atol=1e-9)
+    assert torch.allclose(sol.y[-1], -y0, atol=1e-7)
+    assert sol.t.dtype == F64
+
+
+TIMES = {
+    "list": [0, 0.25, 1],
+    "tuple": (0.0, 0.25, 1.0),
+    "array": np.array([0.0, 0.25, 1.0]),
+    "tensor": torch.tensor([0.0, 0.25, 1.0]),
+    "double tensor": torch.tensor([0.0, 0.25, 1.0], dtype=F64),
+    "list of tensors": [torch.tensor(0.0), torch.tensor(0.25), torch.tensor(1.0)],
+}
+
+
+@pytest.mark.parametrize("t", TIMES.values(), ids=TIMES)
+def test_times_may_be_given_in_any_form(t):
+    sol = solve(decay, torch.ones(2, dtype=F64), t, rtol=1e-9, atol=1e-9)
+    assert isinstance(sol.t, torch.Tensor) and sol.t.tolist() == [0.0, 0.25, 1.0]
+    assert torch.allclose(sol.y[:, 0], torch.exp(-sol.t.double()), atol=1e-8)
+
+
+def test_whole_numbers_may_be_times():
+    sol = solve(decay, torch.ones(1), torch.tensor([2, 1, 0]), rtol=1e-6)
+    assert sol.y[-1].item() == pytest.approx(math.exp(2), rel=1e-4)
+
+
+def test_the_field_sees_the_time_in_the_states_precision():
+    for y0, dtype in ((torch.ones(1), torch.float32), (torch.ones(1) * 1j, torch.float32)):
+        seen = []
+        solve(lambda t, y: seen.append(t) or -y, y0, torch.tensor([0.0, 1.0], dtype=F64))  # noqa: B023
+        assert {t.dtype for t in seen} == {dtype} and {t.shape for t in seen} == {()}
+
+
+# the field -----------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2, dtype=F64)
+
+    def forward(self, t, y):
+        return torch.tanh(self.layer(y)) * torch.cos(t)
+
+    def method(self, t, y):
+        return self(t, y)
+
+
+def test_every_kind_of_callable_is_a_field():
+    net, y0 = Net(), torch.randn(3, 2, dtype=F64)
+    fields = [
+        net,
+        net.method,
+        lambda t, y: net(t, y),
+        functools.partial(lambda scale, t, y: scale * net(t, y), 1.0),
+        torch.no_grad()(net),
+    ]
+    ends = [solve(field, y0, [0.0, 1.0]).y[-1] for field in fields]
+    assert all(torch.equal(end, ends[0]) for end in ends)
+
+
+@EACH_STEPS
+@EACH_GRADIENT
+def test_what_the_field_returns_is_never_written_to(steps, gradient):
+    y0 = torch.randn(3, 2, dtype=F64, requires_grad=True)
+    kept = torch.randn(1, 2, dtype=F64)
+    copies = y0.detach().clone(), kept.clone()
+    fields = [
+        lambda t, y: y,
+        lambda t, y: y.view(3, 2),
+        lambda t, y: kept.expand(3, 2),
+        lambda t, y: y.flip(0).flip(0)[:],
+        lambda t, y: kept.broadcast_to(y.shape) if t > 0.5 else y,
+    ]
+    for field in fields:
+        both = functools.partial(lambda field, t, y: (field(t, y), field(t, y)[:, 0]), field)
+        sol = solve(both, y0, [0.0, 1.0], gradient=gradient, quadrature=True, **steps)
+        (sol.y[-1].sum() + sol.integral[-1].sum()).backward()
+        assert torch.equal(y0, copies[0]) and torch.equal(kept, copies[1])
+        moved = sol.y[-1] - sol.y[0]
+        assert torch.allclose(moved[:, 0], sol.integral[-1], atol=1e-8)
+    grown = solve(fields[0], y0, [0.0, 1.0], **steps).y[-1]
+    assert torch.allclose(grown, y0 * math.e, rtol=1e-5)
+
+
+@EACH_STEPS
+@EACH_GRADIENT
+@pytest.mark.parametrize("timed", [False, True])
+def test_the_count_of_evaluations_is_the_number_of_calls(steps, gradient, timed):
+    calls = []
+
+    def field(t, y):
+        calls.append(t)
+        return torch.sin(t) * y
+
+    y0 = torch.ones(2, dtype=F64, requires_grad=True)
+    t = torch.tensor([0.0, 0.4, 1.0], dtype=F64, requires_grad=timed)
+    sol = solve(field, y0, t, gradient=gradient, **steps)
+    assert sol.stats.nfe == len(calls) and sol.stats.nfe_backward == 0
+    forward = len(calls)
+    sol.y.sum().backward()
+    assert sol.stats.nfe == forward and sol.stats.nfe_backward == len(calls) - forward
+
+
+def test_nothing_is_built_where_no_gradient_is_wanted():
+    net, y0 = Net(), torch.randn(3, 2, dtype=F64, requires_grad=True)
+    for quiet in (torch.no_grad, torch.inference_mode):
+        with quiet():
+            sol = solve(lambda t, y: (net(t, y), y[:, 0]), y0, [0.0, 1.0], quadrature=True)
+        assert not sol.y.requires_grad and not sol.integral.requires_grad
+    net.requires_grad_(False)
+    sol = solve(net, y0.detach(), [0.0, 1.0])
+    assert not sol.y.requires_grad
+
+
+def test_leaves_made_inside_the_field_ask_for_no_gradient():
+    def by_energy(t, y):
+        with torch.enable_grad():
+            y, t = y.requires_grad_(), t.requires_grad_()
+            energy = (y**2).sum() * torch.cos(t)
+            return torch.autograd.grad(energy, y, create_graph=True)[0]
+
+    y0 = torch.ones(2)
+    assert not solve(by_energy, y0, [0.0, 1.0]).y.requires_grad
+    assert not y0.requires_grad
+
+
+def test_inference_tensors_may_be_solved():
+    with torch.inference_mode():
+        y0 = torch.ones(2)
+        assert torch.allclose(solve(decay, y0, [0.0, 1.0]).y[-1], y0 * math.exp(-1), atol=1e-4)
+
+
+def test_two_solves_in_one_autocast_region_read_the_same_weights():
+    net = nn.Linear(2, 2)
+    y0 = torch.randn(3, 2)
+    for gradient in GRADIENTS:
+        with torch.autocast("cpu", torch.bfloat16):
+            sums = [
+                solve(lambda t, y: net(y).float(), y0, [0.0, 1.0], gradient=gradient).y[-1].sum()
+                for _ in range(2)
+            ]
+        one, two = (torch.autograd.grad(x, net.weight)[0] for x in sums)
+        assert torch.equal(one, two) and one.dtype == torch.float32
+
+
+# quadrature ----------------------------------------------------------------------------------
+
+
+@EACH_STEPS
+@pytest.mark.parametrize("direction", [1, -1])
+def test_an_integral_equals_the_quadrature_along_the_exact_solution(steps, direction):
+    t = direction * torch.tensor([0.0, 0.5, 2.0], dtype=F64)
+    sol = solve(
+        lambda t, y: (-y, {"a": y**2, "b": torch.sin(t) * y.sum()}),
+        torch.tensor([1.0, 2.0], dtype=F64),
+        t,
+        quadrature=True,
+        **steps,
+    )
+    for i, end in enumerate(t.tolist()):
+        squares = quad(lambda s: math.exp(-2 * s), 0, end)[0]
+        waves = quad(lambda s: math.sin(s) * 3 * math.exp(-s), 0, end)[0]
+        assert sol.integral["a"][i].tolist() == pytest.approx([squares, 4 * squares], abs=1e-5)
+        assert sol.integral["b"][i].item() == pytest.approx(waves, abs=1e-5)
+
+
+def test_integrals_are_kept_in_double_precision():
+    def field(t, y):
+        return -y, (y.sum(-1), 1j * y)
+
+    sol = solve(field, torch.ones(3, 2), [0.0, 1.0], quadrature=True)
+    assert [x.dtype for x in sol.integral] == [F64, torch.complex128]
+    assert [x.shape for x in sol.integral] == [(2, 3), (2, 3, 2)]
+    assert sol.y.dtype == torch.float32
+
+
+def test_rates_change_neither_the_steps_nor_the_states():
+    y0 = torch.randn(4, 2, dtype=F64)
+    alone = solve(pendulum, y0, [0.0, 5.0])
+    rough = solve(
+        lambda t, y: (pendulum(t, y), 1e6 * torch.sin(100 * t) * y), y0, [0.0, 5.0], quadrature=True
+    )
+    assert torch.equal(alone.y, rough.y) and alone.stats == rough.stats
+    control = Adaptive(quadrature_atol=1e-5)
+    steered = solve(
+        lambda t, y: (pendulum(t, y), torch.sin(100 * t) * y[:, 0]),
+        y0,
+        [0.0, 1.0],
+        quadrature=True,
+        control=control,
+    )
+    assert steered.stats.accepted > 3 * alone.stats.accepted
+
+
+# what is refused -----------------------------------------------------------------------------
+
+Y = torch.ones(3, 2)
+REFUSED = {
+    "whole numbers as a state": (dict(y0=torch.ones(2, dtype=torch.long)), "y0.float()"),
+    "no tensor as a state": (dict(y0=1.0), "must be a tensor"),
+    "an array as a state": (dict(y0=np.ones(2)), "must be a tensor"),
+    "an empty tuple as a state": (dict(y0=()), "must be a tensor"),
+    "one time": (dict(t=[0.0]), "at least one end"),
+    "no time": (dict(t=[]), "at least one end"),
+    "a number for times": (dict(t=1.0), "sequence of times"),
+    "None for times": (dict(t=None), "sequence of times"),
+    "times in two dimensions": (dict(t=torch.zeros(2, 2)), r"got shape \(2, 2\)"),
+    "a time without dimension": (dict(t=torch.tensor(1.0)), "one dimension"),
+    "times that repeat": (dict(t=[0.0, 1.0, 1.0]), r"t\[1\]=1 is followed by t\[2\]=1"),
+    "times that turn": (dict(t=torch.tensor([0.0, 1.0, 0.5])), "strictly increasing"),
+    "times that stand still": (dict(t=[1.0, 1.0]), "strictly"),
+    "a time that is no number": (dict(t=[0.0, math.nan]), "finite"),
+    "an infinite time": (dict(t=torch.tensor([0.0, math.inf])), "finite"),
+    "complex times": (dict(t=torch.tensor([0j, 1j])), "real"),
+    "times with gradients in a list": (
+        dict(t=[0.0, torch.tensor(1.0, requires_grad=True)]),
+        "torch.stack",
+    ),
+    "an unknown method": (dict(method="dorpi5"), "euler, midpoint, rk4, bosh3, dopri5, tsit5"),
+    "a class for a method": (dict(method=3), "got int"),
+    "an unknown gradient": (dict(gradient="ajoint"), "backprop, checkpoint, adjoint"),
+    "a gradient that is none": (dict(gradient=3), "gradient"),
+    "a control and a tolerance": (dict(control=Adaptive(), rtol=1e-3), "not both"),
+    "a control and a step size": (dict(control=FixedStep(1.0), step_size=1.0), "not both"),
+    "a step size and a tolerance": (dict(step_size=0.1, atol=1e-3), "not both"),
+    "no step size for rk4": (dict(method="rk4"), "step_size="),
+    "adaptive euler": (dict(method="euler", control=Adaptive()), "step_size="),
+    "a control that is none": (dict(control=0.1), "FixedStep or Adaptive"),
+    "a negative step size": (dict(step_size=-0.1), "step_size"),
+    "a negative tolerance": (dict(rtol=-1.0), "rtol"),
+    "no tolerance at all": (dict(rtol=0.0, atol=0.0), "both 0"),
+    "no steps": (dict(max_steps=0), "max_steps"),
+    "fewer steps than fixed ones need": (dict(step_size=0.1, max_steps=9), "needs 10 steps"),
+    "a wrong shape": (dict(field=lambda t, y: y.sum(-1)), r"shape \(3,\) at t=0, expected"),
+    "a wrong precision": (dict(field=lambda t, y: y.double()), "float64.*float32"),
+    "a tuple for a tensor": (dict(field=lambda t, y: (y, y)), "hold a tensor"),
+    "a number for a tensor": (dict(field=lambda t, y: 0.0), "hold a tensor"),
+    "nothing for a tensor": (dict(field=lambda t, y: None), "NoneType"),
+    "a tensor for a tuple": (dict(y0=(Y, Y), field=lambda t, y: y[0]), "2 parts"),
+    "a wrong part": (dict(y0=(Y, Y), field=lambda t, y: (y[0], y[1][:1])), "part 1"),
+    "a wrong key": (dict(y0={"x": Y}, field=lambda t, y: {"v": Y}), "keys"),
+    "no rates": (dict(quadrature=True), "dy/dt, rates"),
+    "rates that are no tensor": (
+        dict(quadrature=True, field=lambda t, y: (y, 1.0)),
+        "rates must be a tensor",
+    ),
+    "one tensor for rows": (dict(rows=Y), "list of tensors"),
+    "one tensor for params": (dict(params=Y), "list of tensors"),
+}
+
+
+@pytest.mark.parametrize(("given", "says"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_solved_is_refused_with_a_sentence(given, says):
+    with pytest.raises(InputError, match=says) as caught:
+        solve(**{"field": decay, "y0": Y, "t": [0.0, 1.0], **given})
+    assert isinstance(caught.value, ValueError)
+
+
+class Worsening:
+    """Fields whose solution cannot be continued."""
+
+    nan = staticmethod(lambda t, y: y * math.nan)
+    explosion = staticmethod(lambda t, y: y * y)
+    late_nan = staticmethod(lambda t, y: y * torch.where(t > 0.75, math.nan, 1.0))
+
+
+@EACH_STEPS
+@EACH_GRADIENT
+@pytest.mark.parametrize("name", ["nan", "explosion", "late_nan"])
+def test_a_solution_that_cannot_be_continued_says_where(steps, gradient, name):
+    y0 = torch.ones(2, 2, requires_grad=True)
+    began = time.monotonic()
+    with pytest.raises(IntegrationError, match="try") as caught:
+        solve(getattr(Worsening, name), y0, [0.0, 0.5, 4.0], gradient=gradient, **steps)
+    error = caught.value
+    assert isinstance(error, RuntimeError) and time.monotonic() - began < 5
+    assert error.t < 4.0 and error.step > 0 and error.nfe > 0
+    reached = 1 if name == "nan" else 2
+    assert error.partial.shape == (reached, 2, 2) and not error.partial.requires_grad
+    assert torch.equal(error.partial[0], y0)
+
+
+def test_what_was_reached_has_the_states_structure():
+    y0 = {"x": torch.ones(2), "v": (torch.ones(1),)}
+    with pytest.raises(IntegrationError) as caught:
+        solve(lambda t, y: {"x": y["x"] ** 2, "v": y["v"]}, y0, [0.0, 0.5, 4.0])
+    assert caught.value.partial["x"].shape == (2, 2)
+    assert caught.value.partial["v"][0].shape == (2, 1)
+
+
+def test_too_few_steps_are_reported():
+    with pytest.raises(IntegrationError, match="max_steps=5"):
+        solve(decay, Y, [0.0, 10.0], rtol=1e-9, atol=1e-9, max_steps=5)
+    assert solve(decay, Y, [0.0, 1.0], step_size=0.1, max_steps=10).stats.accepted == 10
+
+
+# the public face -----------------------------------------------------------------------------
+
+
+def test_a_users_own_tableau_is_a_method():
+    ralston = Tableau("ralston2", 2, c=(0, 2 / 3), a=((), (2 / 3,)), b=(1 / 4, 3 / 4))
+    sol = solve(decay, torch.ones(1, dtype=F64), [0.0, 1.0], method=ralston, step_size=0.01)
+    assert sol.y[-1].item() == pytest.approx(math.exp(-1), abs=1e-5)
+
+
+def test_a_control_says_what_its_shorthands_say():
+    y0 = torch.randn(3, 2)
+    for control, short in (
+        (FixedStep(0.1), dict(step_size=0.1)),
+        (Adaptive(1e-4, 1e-7), dict(rtol=1e-4, atol=1e-7)),
+        (Adaptive(), {}),
+    ):
+        assert torch.equal(
+            solve(pendulum, y0, [0.0, 1.0], control=control).y,
+            solve(pendulum, y0, [0.0, 1.0], **short).y,
+        )
+
+
+def test_the_public_names_are_the_cores():
+    assert cnf.solve is solve
+    for name in ("Adaptive", "FixedStep", "Tableau", "Backprop", "Checkpoint", "Adjoint"):
+        assert getattr(cnf, name).__name__ == name
+    assert issubclass(cnf.IntegrationError, RuntimeError)
