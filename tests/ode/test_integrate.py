@@ -202,11 +202,12 @@ def test_every_loop_ends_and_says_where(control, dtype, direction, slope, says):
     assert "try" in str(error)
 
 
-@pytest.mark.parametrize("method", ["bosh3", "dopri5"])
-def test_a_step_too_short_to_move_the_time_has_vanished(method):
+@pytest.mark.parametrize(("method", "tolerance"), {"bosh3": 1e-5, "dopri5": 1e-9}.items())
+def test_a_step_too_short_to_move_the_time_has_vanished(method, tolerance):
     with pytest.raises(IntegrationError, match="vanished") as caught:
-        run(square, [0.0, 3.0], Adaptive(1e-9, 1e-9), method)  # accepted for ever, at t = 1
-    assert caught.value.t == pytest.approx(1.0) and caught.value.nfe < 20_000
+        run(square, [0.0, 3.0], Adaptive(tolerance, tolerance), method)
+    # at t = 1 the steps shrink with 1/y and are accepted for ever
+    assert caught.value.t == pytest.approx(1.0, abs=1e-4) and caught.value.nfe < 6_000
 
 
 @ALL
