@@ -62,6 +62,7 @@ class Adaptive:
             raise InputError("rtol and atol are both 0: no step could be accepted; set one of them")
         if self.quadrature_atol is not None:
             _positive("quadrature_atol", self.quadrature_atol)
+            object.__setattr__(self, "quadrature_atol", float(self.quadrature_atol))
         if self.first_step is not None:
             _positive("first_step", self.first_step)
             object.__setattr__(self, "first_step", float(self.first_step))

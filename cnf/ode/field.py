@@ -28,6 +28,7 @@ from cnf.ode.state import Leaves, Structure
 
 UserField = Callable[..., Any]
 Named = tuple[str, Tensor]
+_LARGEST_CONTAINER = 1000  # a longer one holds data, and is not searched for parameters
 
 
 class Evaluation(NamedTuple):
@@ -233,10 +234,10 @@ def _parts(thing: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield from (("function", thing.__func__), ("self", thing.__self__))
     elif inspect.isfunction(thing):
         yield from _variables(thing)
-    elif isinstance(thing, tuple | list):
-        yield from ((f"{name}[{i}]", part) for i, part in enumerate(thing))
-    elif isinstance(thing, dict):
-        yield from ((f"{name}[{key!r}]", part) for key, part in thing.items())
+    elif isinstance(thing, tuple | list | dict):
+        if len(thing) <= _LARGEST_CONTAINER:
+            keyed = thing.items() if isinstance(thing, dict) else enumerate(thing)
+            yield from ((f"{name}[{key!r}]", part) for key, part in keyed)
     elif not isinstance(thing, type | ModuleType):
         hidden = isinstance(thing, nn.Module)  # its own tables, which named_parameters() read
         for key, part in getattr(thing, "__dict__", {}).items():

@@ -85,75 +85,122 @@ def integrate(
     first: the field at the start, where the caller has it; keep: whether to keep the record.
     Raises IntegrationError where the state turns non-finite, the step vanishes or steps run out.
     """
-    trajectory = _run(problem, y, stats, first=first, keep=keep)
+    trajectory = _March(problem, y, stats, first=first, keep=keep).run()
     if not is_finite((*trajectory.states[-1], *trajectory.integrals[-1])):
         with torch.no_grad():  # once more, looking at every step, to say where
-            _run(problem, y, Stats(), keep=False, watch=True)
+            _March(problem, y, Stats(), watch=True).run()
         raise _failure("the solution is not finite", problem, problem.times[-1], 0.0, stats, [])
     return trajectory
 
 
-def _run(
-    problem: Problem,
-    y: Leaves,
-    stats: Stats,
-    *,
-    keep: bool,
-    first: Evaluation | None = None,
-    watch: bool = False,
-) -> Trajectory:
-    evaluate = _Counted(problem.field, stats)
-    control, method, direction = problem.control, problem.method, problem.direction
-    estimate = isinstance(control, Adaptive)
-    t = problem.times[0]
-    if first is None:
-        first = evaluate(t, y)
-    size = _first_size(problem, evaluate, y, first)
-    out = Trajectory()
-    integral = tuple(torch.zeros_like(rate, dtype=precise_dtype(rate)) for rate in first.rates)
-    _arrive(out, y, integral, steps=0)
-    steps = 0
-    for target in problem.times[1:]:
-        while t != target:
-            if stats.accepted + stats.rejected >= problem.max_steps:
-                reason = f"max_steps={problem.max_steps} steps were not enough"
-                raise _failure(reason, problem, t, size, stats, out.states)
-            remaining = abs(target - t)
-            length = control.fit(size, remaining)
-            h = direction * length
-            if first is None:
-                first = evaluate(t, y)
-            step = method.step(evaluate, t, h, y, first, estimate)
-            if isinstance(control, Adaptive):
-                ratio = _error_ratio(step, y, control).item()  # the one device-to-host read
-                grown = length * control.factor(ratio, method.order)
-                if not ratio <= 1.0:
-                    stats.rejected += 1
-                    size = grown
-                    _look(ratio, problem, t, size, y, first, stats, out)
-                    continue
-                # a step cut short to land says little about how long the next may be
-                size = grown if length == size else max(size, grown)
-                if t + h == t and grown <= length:
-                    raise _failure("the step vanished", problem, t, length, stats, out.states)
-            elif watch and not is_finite(step.y):
-                reason = "the state or the field turned non-finite"
-                rows = bad_rows(step.y)
-                raise _failure(reason, problem, t, h, stats, out.states, rows)
-            if keep:
-                out.record.append(Accepted(None, t, h, y))
-            stats.accepted += 1
-            steps += 1
-            t = target if length == remaining else t + h
-            y, first = step.y, step.last
-            integral = tuple(
-                total + part.to(total.dtype)
-                for total, part in zip(integral, step.increment, strict=True)
-            )
-            if watch and not is_finite(integral):
-                raise _failure("a rate turned non-finite", problem, t, h, stats, out.states)
-        _arrive(out, y, integral, steps)
-    return out
+class _March:
+    """The way from output time to output time: where it stands, and what it leaves behind.
+
+    keep: whether to write the record; watch: whether to look at every step for what is not finite,
+    at one device-to-host read each.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        y: Leaves,
+        stats: Stats,
+        *,
+        first: Evaluation | None = None,
+        keep: bool = False,
+        watch: bool = False,
+    ) -> None:
+        self.problem, self.stats, self.keep, self.watch = problem, stats, keep, watch
+        self.evaluate = _Counted(problem.field, stats)
+        self.t, self.y = problem.times[0], y
+        first = self.evaluate(self.t, y) if first is None else first
+        self.first: Evaluation | None = first
+        self.integral = tuple(
+            torch.zeros_like(rate, dtype=precise_dtype(rate)) for rate in first.rates
+        )
+        self.size = _first_size(problem, self.evaluate, y, first)
+        self.refused = False  # whether the last attempt was
+        self.attempts = self.steps = 0
+        self.out = Trajectory()
+
+    def run(self) -> Trajectory:
+        self._arrive()
+        for target in self.problem.times[1:]:
+            while self.t != target:
+                self._advance(target)
+            self._arrive()
+        return self.out
+
+    def _arrive(self) -> None:
+        self.out.states.append(self.y)
+        self.out.integrals.append(self.integral)
+        self.out.marks.append(self.steps)
+
+    def _advance(self, target: float) -> None:
+        """One attempt at a step towards `target`."""
+        problem, control = self.problem, self.problem.control
+        if self.attempts >= problem.max_steps:
+            raise self._failure(f"max_steps={problem.max_steps} steps were not enough", self.size)
+        self.attempts += 1
+        remaining = abs(target - self.t)
+        length = control.fit(self.size, remaining)
+        h = problem.direction * length
+        if self.first is None:
+            self.first = self.evaluate(self.t, self.y)
+        adaptive = isinstance(control, Adaptive)
+        step = problem.method.step(self.evaluate, self.t, h, self.y, self.first, adaptive)
+        if adaptive and not self._judge(step, length, control):
+            return
+        if self.watch and not is_finite(step.y):
+            reason = "the state or the field turned non-finite"
+            raise self._failure(reason, length, bad_rows(step.y))
+        self._accept(step, h, target if length == remaining else self.t + h)
+
+    def _judge(self, step: Step, length: float, control: Adaptive) -> bool:
+        """Whether the step is good enough; chooses the size of the next attempt."""
+        ratio = _error_ratio(step, self.y, control).item()  # the one device-to-host read
+        factor = control.factor(ratio, self.problem.method.order)
+        if not ratio <= 1.0:
+            self.refused = True
+            self.stats.rejected += 1
+            self.size = length * factor
+            self._check_hope(ratio)
+            return False
+        # what was just refused would be refused again: a step after it does not grow
+        grown = length * (min(factor, 1.0) if self.refused else factor)
+        # a step cut short to land says little about how long the next may be
+        self.size = grown if length == self.size else max(self.size, grown)
+        self.refused = False
+        if self.t + length == self.t and grown <= length:
+            raise self._failure("the step vanished", length)
+        return True
+
+    def _accept(self, step: Step, h: float, t: float) -> None:
+        if self.keep:
+            self.out.record.append(Accepted(None, self.t, h, self.y))
+        self.stats.accepted += 1
+        self.steps += 1
+        self.t, self.y, self.first = t, step.y, step.last
+        self.integral = tuple(
+            total + part.to(total.dtype)
+            for total, part in zip(self.integral, step.increment, strict=True)
+        )
+        if self.watch and not is_finite(self.integral):
+            raise self._failure("a rate turned non-finite", abs(h))
+
+    def _check_hope(self, ratio: float) -> None:
+        """After a refused step: go on, or say why no step will do."""
+        first, times = self.first, self.problem.times
+        assert first is not None  # the attempt needed it
+        if not math.isfinite(ratio) and not is_finite((*first.slope, *first.rates)):
+            reason = "the field returned a non-finite value"
+            raise self._failure(reason, self.size, bad_rows(first.slope))
+        if self.size < 1e-13 * max(abs(times[0]), abs(times[-1]), self.problem.span):
+            rows = [] if math.isfinite(ratio) else bad_rows(self.y)
+            raise self._failure("the step vanished", self.size, rows)
+
+    def _failure(self, reason: str, step: float, rows: Sequence[int] = ()) -> IntegrationError:
+        return _failure(reason, self.problem, self.t, step, self.stats, self.out.states, rows)
 
 
 class _Counted:
@@ -165,12 +212,6 @@ class _Counted:
     def __call__(self, t: float, y: Leaves) -> Evaluation:
         self._stats.nfe += 1
         return self._field(t, y)
-
-
-def _arrive(out: Trajectory, y: Leaves, integral: Leaves, steps: int) -> None:
-    out.states.append(y)
-    out.integrals.append(integral)
-    out.marks.append(steps)
 
 
 @torch.no_grad()
@@ -217,26 +258,6 @@ def _tolerance(size: Tensor, control: Adaptive) -> Tensor:
 
 def _norm(leaves: Leaves, scales: Leaves) -> Tensor:
     return largest([rms(leaf / scale) for leaf, scale in zip(leaves, scales, strict=True)])
-
-
-def _look(
-    ratio: float,
-    problem: Problem,
-    t: float,
-    size: float,
-    y: Leaves,
-    first: Evaluation,
-    stats: Stats,
-    out: Trajectory,
-) -> None:
-    """After a refused step: go on, or say why no step will do."""
-    if not math.isfinite(ratio) and not is_finite((*first.slope, *first.rates)):
-        reason = "the field returned a non-finite value"
-        raise _failure(reason, problem, t, size, stats, out.states, bad_rows(first.slope))
-    if size < 1e-13 * max(abs(problem.times[0]), abs(problem.times[-1]), problem.span):
-        reason = "the step vanished"
-        rows = [] if math.isfinite(ratio) else bad_rows(y)
-        raise _failure(reason, problem, t, size, stats, out.states, rows)
 
 
 def _failure(

@@ -105,19 +105,27 @@ def solve(
     stats = Stats()
     inner, first = _first_look(inner, times[0], y, quadrature, how, stats)
     problem = Problem(inner, times, chosen, steps, max_steps)
-    timed = isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled()
-    if timed:
-        y = _depend_on_start(y, first.slope, t)
+    clock = t if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled() else None
+    if clock is not None:
+        y = _depend_on_start(y, first.slope, clock)
     try:
         solved = _solve(how, problem, inner, y, first, stats)
     except IntegrationError as error:
         error.partial = _partial(state, error.partial)
         raise
-    if timed:
-        solved = _depend_on_times(solved, problem, first, t, stats)
+    if clock is not None:
+        solved = _depend_on_times(solved, problem, first, clock, stats)
     t = t if isinstance(t, Tensor) else torch.tensor(times, dtype=real, device=device)
     integral = inner.rates.build(solved.integrals) if inner.rates is not None else None
     return Solution(t, state.build(solved.states), integral, stats)
+
+
+def check_settings(
+    method: str | Tableau | Method, control: Control, gradient: str | Gradient
+) -> None:
+    """Raises InputError for settings that `solve` would refuse."""
+    _choose_control(choose_method(method), None, None, None, control)
+    _choose_gradient(gradient)
 
 
 def _solve(

@@ -55,7 +55,9 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *cotangents: Tensor
+    ) -> tuple[Any, ...]:
         problem, width, last = ctx.problem, ctx.width, len(ctx.problem.times) - 1
         states = ctx.saved_tensors[:width]
         aliases = ctx.field.aliases()

@@ -55,7 +55,9 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *cotangents: Tensor
+    ) -> tuple[Any, ...]:
         width, saved = ctx.width, ctx.saved_tensors
         record = [
             Accepted(None, t, h, saved[i * width : (i + 1) * width])
