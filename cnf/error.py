@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from math import nan
 from typing import Any
 
@@ -11,6 +12,21 @@ class InputError(ValueError):
 
     The command line prints the sentence and leaves with exit code 2.
     """
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """`value`, such as NumPy's integers too, as an int; raises InputError for any other number."""
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise InputError(f"{name} must be a whole number, at least {least}, got {value!r}")
+    return number
+
+
+class TrainingError(RuntimeError):
+    """Training could not go on; the weights are the best found so far."""
 
 
 class IntegrationError(RuntimeError):

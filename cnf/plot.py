@@ -17,6 +17,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
+from cnf.replace import replacing
+
 DATA = "#d9772b"
 MODEL = "#226bb8"
 INK = "#2b2f38"
@@ -236,12 +238,8 @@ def digits_figure(
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """The path of the picture, written whole or not at all; its suffix names the format."""
     target = Path(path)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        figure.savefig(unfinished, format=target.suffix[1:] or "png", dpi=150)
-        os.replace(unfinished, target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(target) as file:
+        figure.savefig(file, format=target.suffix[1:] or "png", dpi=150)
     return target
 
 

@@ -12,7 +12,7 @@ from importlib import import_module
 
 from cnf import __version__
 from cnf.cli.parser import parse
-from cnf.error import InputError, IntegrationError
+from cnf.error import InputError, IntegrationError, TrainingError
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 WRONG_PLACE = (
@@ -34,9 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(argv)
     except InputError as error:
         return _fail(WRONG_INPUT, error)
-    except RuntimeError as error:
-        if not _is_a_sentence(error):
-            raise
+    except (IntegrationError, TrainingError) as error:
         return _fail(FAILED, error)
     except KeyboardInterrupt as interrupt:
         return _fail(INTERRUPTED, "; ".join(["interrupted", *map(str, interrupt.args)]))
@@ -55,16 +53,11 @@ def _run(argv: Sequence[str] | None) -> int:
     except SystemExit:  # --help and --version have been answered
         arguments = None
     if arguments is not None:
+        # idle threads sleep: where others share the cores, spinning ones cost most of the time
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         import_module(f"cnf.cli.{arguments.verb}").run(arguments)
     sys.stdout.flush()  # a closed pipe shows here, not after the last line of this program
     return DONE
-
-
-def _is_a_sentence(error: RuntimeError) -> bool:
-    """Whether the error was written for users: a solution or a training that cannot go on."""
-    from cnf.training.loop import TrainingError  # whoever raises it has loaded torch
-
-    return isinstance(error, IntegrationError | TrainingError)
 
 
 def _fail(code: int, message: object) -> int:

@@ -29,15 +29,7 @@ def run(arguments: Namespace) -> None:
     """
     start = time.perf_counter()
     device = usable_device(arguments.device)
-    source = read_source(
-        arguments.data,
-        seed=arguments.seed,
-        rows=arguments.rows,
-        columns=arguments.columns,
-        dequantized=arguments.dequantize,
-    )
-    for warning in source.warnings:
-        print(f"cnf: warning: {warning}", file=sys.stderr)
+    source = _source(arguments)
     flow = _flow(source, arguments).to(device)
     with claimed_folder(_out(arguments, source), arguments.overwrite) as folder:
         history = _train(flow, source, arguments, folder)
@@ -49,10 +41,7 @@ def run(arguments: Namespace) -> None:
             "run": str(folder.path),
             "data": source.name,
             **report.as_dict(),
-            "steps": len(history),
-            "skipped": sum(_skipped(history)),
-            "parameters": sum(weight.numel() for weight in flow.parameters()),
-            "training_seconds": history[-1].seconds if history else 0.0,
+            **_cost(flow, history),
             "seconds": time.perf_counter() - start,
         }
         folder.write_json(FIGURES, figures)
@@ -60,6 +49,20 @@ def run(arguments: Namespace) -> None:
         print(json_text(figures))
     else:
         print("\n".join([*report.lines(), *_closing_lines(figures, folder.path)]))
+
+
+def _source(arguments: Namespace) -> Source:
+    """The data, once what is doubtful about them has been told."""
+    source = read_source(
+        arguments.data,
+        seed=arguments.seed,
+        rows=arguments.rows,
+        columns=arguments.columns,
+        dequantized=arguments.dequantize,
+    )
+    for warning in source.warnings:
+        print(f"cnf: warning: {warning}", file=sys.stderr)
+    return source
 
 
 def _flow(source: Source, arguments: Namespace) -> Flow:
@@ -130,9 +133,15 @@ def _config(flow: Flow, source: Source, arguments: Namespace) -> dict[str, Any]:
     }
 
 
-def _skipped(history: list[Progress]) -> list[int]:
-    """Batches left out in each phase: the count starts again with a phase."""
-    return list({record.phase: record.skipped for record in history}.values())
+def _cost(flow: Flow, history: list[Progress]) -> dict[str, float]:
+    """What training took."""
+    skipped = {record.phase: record.skipped for record in history}  # counted anew in each phase
+    return {
+        "steps": len(history),
+        "skipped": sum(skipped.values()),
+        "parameters": sum(weight.numel() for weight in flow.parameters()),
+        "training_seconds": history[-1].seconds if history else 0.0,
+    }
 
 
 def _closing_lines(figures: dict[str, Any], folder: Path) -> list[str]:

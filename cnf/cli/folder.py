@@ -6,9 +6,8 @@ import itertools
 import json
 import math
 import os
-import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,6 +16,7 @@ import torch
 
 from cnf.error import InputError
 from cnf.flow.flow import Flow
+from cnf.replace import replacing
 
 MODEL, CONFIG, FIGURES, STEPS = "model.safetensors", "config.json", "metrics.json", "metrics.jsonl"
 DENSITY, SAMPLES, TRAINING = "density.png", "samples.png", "training.png"
@@ -53,13 +53,8 @@ class RunFolder:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file, whole or not at all."""
-        target = self.path / name
-        part = target.with_name(f".{uuid.uuid4().hex}.tmp")
-        try:
-            part.write_text(json_text(value, indent=2) + "\n", encoding="utf-8")
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
+        with replacing(self.path / name) as file:
+            file.write(f"{json_text(value, indent=2)}\n".encode())
 
     def close(self) -> None:
         if self._steps is not None:
@@ -89,14 +84,13 @@ def claimed_folder(out: str, overwrite: bool) -> Iterator[RunFolder]:
     overwrite: take `out` even where it holds a run.  If the block ends before the run has begun,
     what was made is removed again.  Raises InputError where no folder can be made.
     """
-    wanted = _folder_path(out)
     made: list[Path] = []
     try:
-        folder = RunFolder(_claim(wanted, overwrite, made))
+        folder = RunFolder(_claim(_folder_path(out), overwrite, made))
     except OSError as error:
         _remove(made)
         raise InputError(
-            f"the run folder {wanted} cannot be made ({error.strerror}); choose another --out"
+            f"the run folder {out} cannot be made ({error.strerror}); choose another --out"
         ) from error
     try:
         yield folder
@@ -143,11 +137,10 @@ def _claims(path: Path, made: list[Path]) -> bool:
 
 
 def _remove(made: list[Path]) -> None:
+    """Files and folders, the deepest first; a folder that somebody else has used since stays."""
     for path in made:
-        try:
-            path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
-        except OSError:  # somebody has put a file there since
-            return
+        with suppress(OSError):
+            path.rmdir() if path.is_dir() else path.unlink()
 
 
 # --- reading a run --------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -28,10 +27,9 @@ def run(arguments: Namespace) -> None:
         noisy = f"uniform noise in column {listed(trained.dequantized)}"
         message = f"cnf: {trained.path} was trained with {noisy}; rows are taken as they are"
         print(message, file=sys.stderr)
-    evaluated: Any = trained.flow.log_prob(table.values, return_info=True)
-    log_prob, info = evaluated
+    log_prob, info = trained.flow.log_prob(table.values, return_info=True)
     write_table(output, log_prob, ["log_prob"])
-    mean, error = mean_and_error(log_prob.double().cpu())
+    mean, error = mean_and_error(log_prob.cpu().double())
     figures = {"file": str(output), "rows": len(log_prob), "mean": mean, "mean_error": error}
     if arguments.json:
         print(json_text({**figures, "nfe": info.nfe, "divergence": info.divergence}))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cnf.cli.folder import DENSITY, SAMPLES, TRAINING
 from cnf.cli.source import Source
@@ -33,7 +33,7 @@ GRID = 200  # and on each side in two
 @torch.no_grad()
 def save_density(flow: Flow, source: Source, folder: Path) -> Path:
     """Draw data, samples and, in one or two dimensions, the density; the picture's path."""
-    data = source.held_out[0].numpy()
+    data = _shown_rows(source)
     samples = _samples(flow, IMAGES if source.shape else POINTS)
     if source.shape:
         figure = digits_figure(data[:IMAGES], samples, source.shape)
@@ -79,11 +79,18 @@ def _phases(history: Sequence[Progress]) -> list[tuple[int, str]]:
     return [(step, name) for step, (name, before) in enumerate(pairs, start=1) if name != before]
 
 
+def _shown_rows(source: Source) -> np.ndarray:
+    """Held-out rows; where they are few, with rows that were trained on."""
+    held_out = source.held_out[0].numpy()
+    more = np.asarray(source.train[: max(0, POINTS - len(held_out))])
+    return np.concatenate([held_out, more])
+
+
 def _samples(flow: Flow, count: int) -> np.ndarray:
     return _array(flow.sample(count, seed=0))
 
 
-def _array(values: Any) -> np.ndarray:
+def _array(values: Tensor) -> np.ndarray:
     return values.cpu().numpy()
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from torch import Tensor
-
 from cnf.cli.device import usable_device
 from cnf.cli.folder import json_text, read_run
 from cnf.cli.output import checked_output
@@ -17,7 +15,6 @@ def run(arguments: Namespace) -> None:
     output = checked_output(arguments.output, arguments.overwrite)
     trained = read_run(arguments.run_folder, usable_device(arguments.device))
     samples = trained.flow.sample(arguments.n, seed=arguments.seed)
-    assert isinstance(samples, Tensor)
     write_table(output, samples, trained.columns if output.suffix.lower() == ".csv" else None)
     if arguments.json:
         print(json_text({"file": str(output), "rows": arguments.n, "columns": trained.columns}))

@@ -19,6 +19,7 @@ from cnf.data.rows import constant_columns, listed, repeated_columns
 from cnf.data.table import read_table
 from cnf.error import InputError
 from cnf.flow.recipe import LAZY_BYTES, LEAST_ROWS
+from cnf.training.seed import seeded
 
 NAMES = (*TOY_NAMES, "digits")
 TOY_ROWS, TOY_VALIDATION, TOY_HELD_OUT = 100_000, 2000, 10_000
@@ -125,8 +126,7 @@ def toy_source(name: str, seed: int, rows: int) -> Source:
 
 
 def _drawn(law: Toy, rows: int, seed: int) -> Tensor:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, torch.device("cpu")):
         return law.sample((rows,))
 
 

@@ -10,7 +10,6 @@ import itertools
 import os
 import re
 import stat
-import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from cnf.data.rows import (
     reason,
 )
 from cnf.error import InputError
+from cnf.replace import replacing
 
 MISSING = {"", "na", "n/a", "nan", "<na>", "null", "none", "?"}
 DELIMITERS = ("\t", ";", ",")  # in this order: a decimal comma may stand beside the other two
@@ -433,7 +433,7 @@ def write_table(
     table = as_table(values)
     header = None if columns is None else _checked_header(columns, table.shape[1])
     try:
-        with _replacing(target) as file:
+        with replacing(target) as file:
             writer(file, table, header)
     except (OSError, UnicodeError) as error:
         raise InputError(
@@ -476,21 +476,6 @@ def _checked_header(columns: Sequence[str], width: int) -> list[str] | None:
                 f"give one such as {quoted('c' + name)}"
             )
     return names
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` when the block ends without an error."""
-    target = Path(os.path.realpath(path))  # write through a link, not over it
-    part = target.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with part.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # on disk before the name points to it
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _write_npy(file: BinaryIO, values: np.ndarray, header: list[str] | None) -> None:

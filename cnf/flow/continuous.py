@@ -12,8 +12,10 @@ from cnf.ode.control import Adaptive, Control, FixedStep
 from cnf.ode.gradient.problem import Gradient
 from cnf.ode.integrate import Stats
 from cnf.ode.method import Method
-from cnf.ode.solution import solve
+from cnf.ode.solution import check_settings, solve
 from cnf.ode.tableau import Tableau
+
+DEFAULT_CONTROL = Adaptive(1e-5, 1e-5, quadrature_atol=1e-4)
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,12 @@ class Solver:
     """How a flow's ODE is solved and differentiated: `solve`'s settings of the same names."""
 
     method: str | Tableau | Method = "dopri5"
-    control: Control = Adaptive(1e-5, 1e-5)
+    control: Control = DEFAULT_CONTROL
     gradient: str | Gradient = "checkpoint"
     max_steps: int = 10_000
+
+    def __post_init__(self) -> None:
+        check_settings(self.method, self.control, self.gradient)  # now, not at the first solve
 
     def with_tolerance(self, tolerance: float) -> Solver:
         """The same with looser or tighter adaptive steps; fixed steps stay."""

@@ -6,14 +6,16 @@ that can carry tangents offers `tangent(t, x, tangents)`; any other is different
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from cnf.error import InputError
+from cnf.error import InputError, whole_number
 
 VectorField = Callable[[Tensor, Tensor], Tensor]
 
@@ -90,8 +92,9 @@ class Hutchinson:
     seed: int | None = 0
 
     def __post_init__(self) -> None:
-        if self.probes < 1:
-            raise InputError(f"probes must be at least 1, got {self.probes!r}")
+        object.__setattr__(self, "probes", whole_number("probes", self.probes, 1))
+        if self.seed is not None:
+            object.__setattr__(self, "seed", whole_number("seed", self.seed, 0))
         if self.law not in ("rademacher", "gaussian"):
             raise InputError(f"law must be 'rademacher' or 'gaussian', got {self.law!r}")
 
@@ -123,8 +126,11 @@ def choose_divergence(divergence: str | Divergence, field: VectorField) -> Diver
     else exact tangents, in any dimension.
     """
     if not isinstance(divergence, str):
-        if not callable(getattr(divergence, "attach", None)):
-            raise InputError(f"divergence must be a name or a divergence, got {divergence!r}")
+        if isinstance(divergence, type) or not callable(getattr(divergence, "attach", None)):
+            raise InputError(
+                "divergence must be a name or a divergence such as Hutchinson(probes=2), got "
+                f"{divergence!r}"
+            )
         return divergence
     if divergence == "auto":
         return ClosedForm() if isinstance(field, KnowsDivergence) else Tangents()
@@ -142,16 +148,25 @@ def choose_divergence(divergence: str | Divergence, field: VectorField) -> Diver
 def push(field: VectorField, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
     """(f, J·tangents) of shapes (batch, dim) and (k, batch, dim), for tangents of the latter."""
     carry = getattr(field, "tangent", None)
-    if carry is not None:
+    if callable(carry):
         return carry(t, x, tangents)
 
-    def along(tangent: Tensor) -> tuple[Tensor, Tensor]:
-        value, pushed = torch.func.jvp(lambda x: field(t, x), (x,), (tangent,))  # pyright: ignore
-        return value, pushed
+    _load_forward_mode()
+    x = x.contiguous()  # an expanded row cannot carry tangents
 
-    # pyright: out_dims may be None for what is the same for all tangents
-    carried = torch.func.vmap(along, out_dims=(None, 0), randomness="same")  # pyright: ignore
-    return carried(tangents)
+    def along(tangent: Tensor) -> Any:
+        return torch.func.jvp(lambda x: field(t, x), (x,), (tangent,))
+
+    value_once: Any = (None, 0)  # the value is the same for all tangents
+    return torch.func.vmap(along, out_dims=value_once, randomness="same")(tangents)  # type: ignore[return-value]
+
+
+@cache
+def _load_forward_mode() -> None:
+    """Make torch load its rules of forward mode, which warns of torch's own use of torch.jit."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.func.jvp(torch.neg, (torch.zeros(()),), (torch.zeros(()),))
 
 
 class _Attached:

@@ -6,7 +6,8 @@ Time runs from t = 0, the base, to t = 1, the data.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Self, overload
 
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from cnf.data.rows import as_rows
-from cnf.error import InputError
+from cnf.error import InputError, whole_number
 from cnf.flow.continuous import Solver, move, move_with_logdet
 from cnf.flow.divergence import Divergence, choose_divergence
 from cnf.flow.recipe import fit_flow
-from cnf.flow.storage import fill, pack, read, write
+from cnf.flow.storage import damaged, fill, pack, read, write
 from cnf.flow.transform import Whiten, standard_normal_log_prob
 from cnf.nets.mlp import MLP, BilinearMLP
 from cnf.ode.control import Adaptive, FixedStep
@@ -29,6 +30,7 @@ from cnf.ode.integrate import Stats
 from cnf.ode.method import Method
 from cnf.ode.tableau import Tableau
 from cnf.training.loop import Progress
+from cnf.training.seed import seeded
 
 TO_BASE, TO_DATA = (1.0, 0.0), (0.0, 1.0)
 CHUNK = 16_384  # rows solved together where no gradient ties them
@@ -81,10 +83,8 @@ class Flow(nn.Module):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-            raise InputError(f"dim must be a whole number of features, at least 1, got {dim!r}")
-        self.dim = dim
-        self.hidden = tuple(hidden)
+        self.dim = dim = whole_number("dim", dim, 1)
+        self.hidden = _checked_widths(hidden)
         self.whitens = whiten
         self.divergence = divergence
         adaptive = Adaptive(rtol, atol, quadrature_atol=logdet_atol)
@@ -92,6 +92,8 @@ class Flow(nn.Module):
         self.solver = Solver(method, control, gradient)
         self.base = _checked_base(base, dim)
         self.whitening = Whiten(dim)
+        if field is not None and not callable(field):
+            raise InputError(f"field must be a function f(t, x) or a module, got {field!r}")
         self.has_own_field = field is not None
         self.field = _default_field(dim, self.hidden, seed) if field is None else field
         self.chosen_divergence()  # a name that does not exist is refused here
@@ -118,10 +120,8 @@ class Flow(nn.Module):
         rows, shape = self._rows(x)
         divergence = self.chosen_divergence()
         parts, nfe = [], 0
-        for start in range(0, max(len(rows), 1), chunk):
-            part, stats = self.log_prob_of_rows(
-                self._tensor(rows[start : start + chunk]), divergence, self.solver
-            )
+        for x in self._chunks(rows, whole_number("chunk", chunk, 1)):
+            part, stats = self.log_prob_of_rows(x, divergence, self.solver)
             parts.append(part)
             nfe = max(nfe, stats.nfe)
         log_prob = torch.cat(parts).reshape(shape)
@@ -170,9 +170,7 @@ class Flow(nn.Module):
 
         With return_log_prob=True (draws, log-densities (n,)) from one solve.
         """
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-            raise InputError(f"n must be a whole number of draws, at least 0, got {n!r}")
-        z = self._draw_base(n, seed)
+        z = self._draw_base(whole_number("n", n, 0), seed)
         parts = [self._decode(rows, return_log_prob) for rows in z.split(CHUNK)]
         x = torch.cat([part for part, _ in parts])
         if not return_log_prob:
@@ -183,15 +181,15 @@ class Flow(nn.Module):
         """The base's points, (…, dim), that the flow carries to x (…, dim)."""
         rows, shape = self._rows(x)
         parts = [
-            move(self.field, self.whitening(self._tensor(part)), TO_BASE, self.solver)
-            for part in _split(rows)
+            move(self.field, self.whitening(part), TO_BASE, self.solver)
+            for part in self._chunks(rows, CHUNK)
         ]
         return torch.cat(parts).reshape(*shape, self.dim)
 
     def decode(self, z: Any) -> Tensor:
         """The points x, (…, dim), to which the flow carries the base's z (…, dim)."""
         rows, shape = self._rows(z, "z")
-        parts = [self._decode(self._tensor(part), False)[0] for part in _split(rows)]
+        parts = [self._decode(part, False)[0] for part in self._chunks(rows, CHUNK, "z")]
         return torch.cat(parts).reshape(*shape, self.dim)
 
     def fit(
@@ -236,7 +234,7 @@ class Flow(nn.Module):
 
     def whiten(self, x: Any) -> Self:
         """This flow with its affine map set from data (rows, dim): full covariance, shrunk."""
-        self.whitening.fit(as_rows(x, self.dim))
+        self.whitening.fit(as_rows(x, self.dim, dtype=self.dtype))
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -263,8 +261,13 @@ class Flow(nn.Module):
                     f"{path} was saved with a {name} of its own, {stored}; hand it in "
                     f"again: Flow.load(path, {name}=…)"
                 )
-        flow = cls(**settings, field=field, base=base)
-        flow.to(tensors["whitening.mean"].dtype if "whitening.mean" in tensors else flow.dtype)
+        try:
+            flow = cls(**settings, field=field, base=base)
+            flow.to(tensors["whitening.mean"].dtype)
+        except InputError:
+            raise  # a base= that does not fit, say
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise damaged(path) from error
         fill(flow, tensors, path)
         return flow
 
@@ -316,9 +319,7 @@ class Flow(nn.Module):
         return standard_normal_log_prob(z) if self.base is None else self.base.log_prob(z)
 
     def _draw_base(self, n: int, seed: int | None) -> Tensor:
-        with torch.random.fork_rng(enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with seeded(seed, self.device):
             if self.base is None:
                 return torch.randn(n, self.dim, dtype=self.dtype).to(self.device)
             drawn = self.base.rsample((n,)) if self.base.has_rsample else self.base.sample((n,))
@@ -328,18 +329,30 @@ class Flow(nn.Module):
         """x as checked rows (batch, dim), and the shape of what is said of each."""
         if isinstance(x, np.memmap) and x.ndim == 2 and x.shape[1] == self.dim:
             return x, torch.Size([len(x)])  # read chunk by chunk, and checked there
-        shape = None
-        if isinstance(x, Tensor) and x.ndim != 2 and x.ndim > 0 and x.shape[-1] == self.dim:
-            shape, x = x.shape[:-1], x.reshape(-1, self.dim)
-        if isinstance(x, Tensor) and x.ndim == 2 and x.shape == (0, self.dim):
-            return x, shape or torch.Size([0])
+        if isinstance(x, list | tuple):
+            with suppress(ValueError, TypeError, RuntimeError):  # ragged: as_rows says what of it
+                x = np.asarray(x)
+        shape = tuple(getattr(x, "shape", ()))
+        if shape[-1:] != (self.dim,):
+            rows = as_rows(x, self.dim, name=name, dtype=self.dtype, device=self.device)
+            return rows, torch.Size([len(rows)])
+        if len(shape) != 2:
+            x = (x if hasattr(x, "reshape") else np.asarray(x)).reshape(-1, self.dim)
+        if 0 in shape:
+            empty = x if isinstance(x, Tensor) else torch.empty(0, self.dim)
+            return empty.to(self.device, self.dtype), torch.Size(shape[:-1])
         rows = as_rows(x, self.dim, name=name, dtype=self.dtype, device=self.device)
-        return rows, shape or torch.Size([len(rows)])
+        return rows, torch.Size(shape[:-1])
 
-    def _tensor(self, rows: Any) -> Tensor:
-        if isinstance(rows, Tensor):
-            return rows.to(self.device, self.dtype)
-        return as_rows(rows, self.dim, dtype=self.dtype, device=self.device)
+    def _chunks(self, rows: Any, size: int, name: str = "x") -> Iterator[Tensor]:
+        """Consecutive rows, `size` at a time, as tensors of the flow's; one if there are none."""
+        for start in range(0, max(len(rows), 1), size):
+            part = rows[start : start + size]
+            if isinstance(part, Tensor):
+                yield part
+            else:
+                place = f"{name}[{start}:{start + len(part)}]"
+                yield as_rows(part, self.dim, name=place, dtype=self.dtype, device=self.device)
 
 
 def _name_of(value: Any) -> str:
@@ -347,23 +360,30 @@ def _name_of(value: Any) -> str:
     return getattr(value, "__qualname__", f"{kind.__module__}.{kind.__qualname__}")
 
 
-def _split(rows: Any) -> list[Any]:
-    return [rows[start : start + CHUNK] for start in range(0, max(len(rows), 1), CHUNK)]
-
-
 def _default_field(dim: int, hidden: tuple[int, ...], seed: int | None) -> MLP:
-    with torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        if not hidden or min(hidden) < 1:
-            raise InputError(f"hidden must hold widths of at least 1, got {hidden!r}")
+    with seeded(seed, torch.get_default_device()):
         return (BilinearMLP if len(hidden) <= 2 else MLP)(dim, hidden)
 
 
+def _checked_widths(hidden: Sequence[int]) -> tuple[int, ...]:
+    try:
+        widths = tuple(whole_number("each width in hidden", width, 1) for width in hidden)
+    except TypeError:
+        widths = ()
+    if not widths:
+        raise InputError(f"hidden must hold one width or more, such as (128, 128), got {hidden!r}")
+    return widths
+
+
 def _checked_base(base: Distribution | None, dim: int) -> Distribution | None:
-    if base is not None and tuple(base.event_shape) != (dim,):
+    if base is None:
+        return None
+    if not isinstance(base, Distribution):
+        raise InputError(f"base must be a torch distribution, got {base!r}")
+    if tuple(base.event_shape) != (dim,) or base.batch_shape:
         raise InputError(
-            f"base must be a distribution over vectors of {dim}, event_shape ({dim},), got "
-            f"{tuple(base.event_shape)}; wrap it in torch.distributions.Independent"
+            f"base must be one distribution over vectors of {dim}, event_shape ({dim},) and "
+            f"batch_shape (), got {tuple(base.event_shape)} and {tuple(base.batch_shape)}; wrap it "
+            "in torch.distributions.Independent"
         )
     return base

@@ -62,7 +62,7 @@ class FlowMatching(nn.Module):
     Source: Lipman et al. 2023, section 4.1; Liu et al. 2023; weights: Xu et al. 2023, section 3.
     """
 
-    def __init__(self, flow: Trainable, *, neighbours: int = 64) -> None:
+    def __init__(self, flow: Trainable, *, neighbours: int = 128) -> None:
         super().__init__()
         self.flow = flow
         self.neighbours = neighbours

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,18 +16,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cnf.data.rows import as_rows
-from cnf.error import InputError, IntegrationError
+from cnf.data.rows import HUGE, as_rows, as_table, check_values, quoted, reason
+from cnf.error import InputError, IntegrationError, whole_number
 from cnf.flow.objective import FlowMatching, MaximumLikelihood, Trainable
 from cnf.training.loop import Best, Plan, Progress, put, train
+from cnf.training.seed import seeded
 
 SECONDS = 50.0  # the default budget
-MATCHING_SHARE = 0.7  # of the seconds that flow matching takes before maximum likelihood
-MATCHING_STEPS = 0.9  # of the steps: one of flow matching costs far less
-LEARNING_RATE = {"fm": 3e-3, "ml": 1e-3}
+MATCHING_SHARE = 0.6  # of the seconds that flow matching takes before maximum likelihood
+MATCHING_STEPS = 0.95  # of the steps: one of flow matching costs far less
+LEARNING_RATE = {"fm": 6e-3, "ml": 2e-3}
 BATCH = 1024
-TOLERANCE = 1e-3  # of adaptive steps in training; gradients are exact for the computed solution
-VALIDATION_ROWS = 4096  # looked at while training
+TOLERANCE = 1e-4  # of adaptive steps in training; gradients are exact for the computed solution
+VALIDATION_ROWS = 2048  # looked at while training
 WHITENING_ROWS = 200_000
 LAZY_BYTES = 2**28  # memory maps above this size stay on disk
 LEAST_ROWS = 10
@@ -54,8 +57,11 @@ class Split:
     validation: Tensor
 
     def batches(self, size: int, flow: Fittable) -> Callable[[], Tensor]:
-        """A function that draws the next batch: all rows in a new order, again and again."""
-        return _Shuffled(self.training, min(size, len(self.training)), flow)
+        """A function that gives the next batch at each call."""
+        size = min(size, len(self.training))
+        if isinstance(self.training, Tensor):
+            return _Shuffled(self.training, size, flow)
+        return _Drawn(self.training, size, flow)
 
 
 def fit_flow(
@@ -75,24 +81,38 @@ def fit_flow(
 ) -> None:
     """Fit `flow` in place; the arguments are those of `Flow.fit`."""
     if device is not None:
-        flow.to(device)
+        _move(flow, device)
     plans = _plans(flow, method, seconds, steps, lr)
-    with torch.random.fork_rng() if seed is not None else nullcontext():
-        if seed is not None:
-            torch.manual_seed(seed)
+    batch_size = BATCH if batch_size is None else whole_number("batch_size", batch_size, 1)
+    if not any(p.requires_grad for p in flow.parameters()):
+        raise InputError("the flow has no parameters to fit; make its field a torch.nn.Module")
+    with seeded(seed, flow.device):
         split = split_rows(x, flow, validation)
         if flow.whitens and not flow.whitening.is_fitted:
-            flow.whitening.fit(_sample_of(split.training))
-        batches = split.batches(batch_size or BATCH, flow)
+            flow.whitening.fit(_sample_of(split.training, flow))
+        batches = split.batches(batch_size, flow)
         records = _run(flow, plans, batches, split.validation)
-        for record in _bar(records, plans) if progress else records:
-            if callback is not None:
-                callback(record)
+        shown = _bar(records, plans) if progress else records
+        # closed here: an error's traceback would keep them, and the best weights, waiting
+        with closing(records), closing(shown):
+            for record in shown:
+                if callback is not None:
+                    callback(record)
+
+
+def _move(flow: Any, device: str | torch.device) -> None:
+    try:
+        flow.to(device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise InputError(
+            f"the flow cannot be moved to device {quoted(device)} ({reason(error)}); "
+            "use device='cpu'"
+        ) from error
 
 
 def _run(
     flow: Any, plans: list[Plan], batches: Callable[[], Tensor], validation: Tensor
-) -> Iterator[Progress]:
+) -> Generator[Progress]:
     """The records of all phases; whatever ends them, the flow is left with its best weights."""
     parameters = [p for p in flow.parameters() if p.requires_grad]
     best = Best()
@@ -117,6 +137,8 @@ def _run(
     finally:
         if best.weights:
             put(parameters, best.weights)
+        for parameter in parameters:
+            parameter.grad = None
 
 
 def _plans(
@@ -126,77 +148,91 @@ def _plans(
         raise InputError(f"unknown method {method!r}; known are auto, fm, ml")
     if seconds is not None and steps is not None:
         raise InputError("seconds= and steps= are both budgets: give one of them")
-    for name, value in (("seconds", seconds), ("steps", steps), ("lr", lr)):
-        if value is not None and not 0 < value < float("inf"):
+    for name, value in (("seconds", seconds), ("lr", lr)):
+        if value is not None and not (isinstance(value, Real) and 0 < value < float("inf")):
             raise InputError(f"{name} must be a number > 0, got {value!r}")
-    phases = _phases(flow, method)
-    if steps is not None and steps < len(phases):
-        phases = phases[: int(steps)]
+    steps = None if steps is None else whole_number("steps", steps, 1)
+    phases = _phases(flow, method)[:steps]
     plans = []
     for i, phase in enumerate(phases):
         rate = lr or LEARNING_RATE[phase]
-        plan = Plan(phase, lr=rate, patience=8, validations=20)
+        plan = Plan(phase, lr=rate, patience=8, validations=12)
         share = (MATCHING_SHARE, 1 - MATCHING_SHARE)[i] if len(phases) == 2 else 1.0
         if steps is None:
             plans.append(replace(plan, seconds=(seconds or SECONDS) * share))
         else:
-            first = max(1, min(round(steps * MATCHING_STEPS), int(steps) - 1))
-            count = int(steps) if len(phases) == 1 else (first, int(steps) - first)[i]
+            first = max(1, min(round(steps * MATCHING_STEPS), steps - 1))
+            count = steps if len(phases) == 1 else (first, steps - first)[i]
             plans.append(replace(plan, steps=count))
     return plans
 
 
 def _phases(flow: Any, method: str) -> list[str]:
-    if method != "auto":
-        if method == "fm" and flow.has_own_base:
-            raise InputError("method='fm' needs the standard normal base; use method='ml'")
-        return [method]
-    return ["ml"] if flow.has_own_base or not _takes_batched_times(flow) else ["fm", "ml"]
+    if method == "ml" or (method == "auto" and flow.has_own_base):
+        return ["ml"]
+    if flow.has_own_base:
+        raise InputError("method='fm' needs the standard normal base; use method='ml'")
+    if _takes_batched_times(flow):
+        return ["fm"] if method == "fm" else ["fm", "ml"]
+    if method == "fm":
+        raise InputError(
+            "method='fm' needs a field that takes t of shape (batch,), a time for each row; "
+            "use method='ml'"
+        )
+    warnings.warn(
+        "the field does not take t of shape (batch,), which flow matching needs, so method="
+        "'auto' trains by maximum likelihood alone; give method='ml' to say so",
+        stacklevel=5,
+    )
+    return ["ml"]
 
 
 def _takes_batched_times(flow: Any) -> bool:
     """Whether the field can be evaluated at a time of its own for every row."""
     if not flow.has_own_field:
         return True
-    x = torch.zeros(3, flow.dim, dtype=flow.dtype, device=flow.device)
+    # rows unlike any width, so that t is not broadcast along the features by accident
+    x = torch.zeros(2 * flow.dim + 3, flow.dim, dtype=flow.dtype, device=flow.device)
+    t = torch.linspace(0.1, 0.9, len(x), dtype=flow.dtype, device=flow.device)
     try:
         with torch.no_grad():
-            good = flow.field(x.new_tensor([0.1, 0.5, 0.9]), x).shape == x.shape
+            return flow.field(t, x).shape == x.shape
     except Exception:
-        good = False
-    if not good:
-        warnings.warn(
-            "the field does not take t of shape (batch,), which flow matching needs, so method="
-            "'auto' trains by maximum likelihood alone; give method='ml' to say so",
-            stacklevel=5,
-        )
-    return good
+        return False
 
 
 def split_rows(x: Any, flow: Fittable, validation: float | Any) -> Split:
     """Training and validation rows, on the CPU, drawn with torch's generator."""
     lazy = isinstance(x, np.memmap) and x.ndim == 2 and x.nbytes > LAZY_BYTES
-    rows = x if lazy else as_rows(x, flow.dim, dtype=flow.dtype).detach().cpu()
     if lazy and x.shape[1] != flow.dim:
         raise InputError(f"x must have {flow.dim} columns, got {x.shape[1]}")
+    if lazy:  # one look at every row now, rather than a failure in the middle
+        check_values(as_table(x, "x"), "x", HUGE, [str(i) for i in range(flow.dim)])
+    rows = x if lazy else as_rows(x, flow.dim, dtype=flow.dtype).detach().cpu()
     if len(rows) < LEAST_ROWS:
         raise InputError(f"x has {len(rows)} rows; a density needs at least {LEAST_ROWS}")
-    if not isinstance(validation, float | int):
+    if not (isinstance(validation, Real) or validation is None):
         return Split(rows, as_rows(validation, flow.dim, name="validation", dtype=flow.dtype))
-    if not 0 < validation < 1:
+    share = math.nan if validation is None else float(validation)
+    if not 0 < share < 1:
         raise InputError(f"validation must be a share between 0 and 1 or rows, got {validation!r}")
+    count = max(2, round(share * len(rows)))
+    if len(rows) - count < LEAST_ROWS // 2:
+        raise InputError(
+            f"validation={share:g} leaves {len(rows) - count} of {len(rows)} rows to train "
+            "on; give a smaller share"
+        )
+    if lazy:  # not copied: its few validation rows stay among the training rows
+        chosen = torch.randint(len(rows), (min(count, VALIDATION_ROWS),))
+        return Split(rows, as_rows(rows[chosen.sort().values.numpy()], flow.dim, dtype=flow.dtype))
     order = torch.randperm(len(rows))
-    count = max(2, round(validation * len(rows)))
-    chosen, rest = order[:count], order[count:]
-    if not lazy:
-        return Split(rows[rest], rows[chosen])
-    chosen = np.sort(chosen[:VALIDATION_ROWS].numpy())
-    # a mapped table is not copied: its few validation rows stay among the training rows
-    return Split(rows, torch.as_tensor(np.asarray(rows[chosen]), dtype=flow.dtype))
+    return Split(rows[order[count:]], rows[order[:count]])
 
 
 class _Shuffled:
-    def __init__(self, rows: Tensor | np.ndarray, size: int, flow: Fittable) -> None:
+    """Batches of rows in memory: all of them in a new order, again and again."""
+
+    def __init__(self, rows: Tensor, size: int, flow: Fittable) -> None:
         self._rows, self._size, self._flow = rows, size, flow
         self._order = torch.empty(0, dtype=torch.long)
 
@@ -204,26 +240,37 @@ class _Shuffled:
         if len(self._order) < self._size:
             self._order = torch.cat([self._order, torch.randperm(len(self._rows))])
         chosen, self._order = self._order[: self._size], self._order[self._size :]
-        if isinstance(self._rows, Tensor):
-            return self._rows[chosen].to(self._flow.device)
-        block = np.asarray(self._rows[np.sort(chosen.numpy())])
-        return torch.as_tensor(block, dtype=self._flow.dtype).to(self._flow.device)
+        return self._rows[chosen].to(self._flow.device)
 
 
-def _sample_of(rows: Tensor | np.ndarray) -> Tensor:
-    if len(rows) <= WHITENING_ROWS:
-        return torch.as_tensor(rows)
-    if isinstance(rows, Tensor):
-        return rows[:WHITENING_ROWS]  # the rows are in random order
-    chosen = np.sort(np.random.default_rng(0).choice(len(rows), WHITENING_ROWS, replace=False))
-    return torch.as_tensor(np.asarray(rows[chosen]))
+class _Drawn:
+    """Batches of rows of a memory map, drawn at random: an order of all would not fit in memory."""
+
+    def __init__(self, rows: np.ndarray, size: int, flow: Fittable) -> None:
+        self._rows, self._size, self._flow = rows, size, flow
+
+    def __call__(self) -> Tensor:
+        chosen = torch.randint(len(self._rows), (self._size,)).sort().values
+        flow = self._flow
+        block = self._rows[chosen.numpy()]
+        return as_rows(block, flow.dim, dtype=flow.dtype, device=flow.device)
+
+
+def _sample_of(rows: Tensor | np.ndarray, flow: Fittable) -> Tensor:
+    count = min(WHITENING_ROWS, len(rows))
+    # at random: rows that came with validation rows of their own may be sorted
+    chosen = np.sort(np.random.default_rng(0).choice(len(rows), count, replace=False))
+    return as_rows(rows[chosen], flow.dim, dtype=flow.dtype)
 
 
 class _Score:
     """Mean negative log-likelihood of the validation rows, in nats; infinite where it fails."""
 
     def __init__(self, flow: Any, rows: Tensor) -> None:
-        self._flow, self._rows = flow, rows[:VALIDATION_ROWS]
+        # from end to end: they may be sorted
+        count = min(len(rows), VALIDATION_ROWS)
+        chosen = torch.linspace(0, len(rows) - 1, count, dtype=torch.float64).round().long()
+        self._flow, self._rows = flow, rows[chosen.to(rows.device)]
         self.objective: nn.Module | None = None
 
     @torch.no_grad()
@@ -239,7 +286,7 @@ class _Score:
         return -log_prob.double().mean().item()
 
 
-def _bar(records: Iterator[Progress], plans: list[Plan]) -> Iterator[Progress]:
+def _bar(records: Iterable[Progress], plans: list[Plan]) -> Generator[Progress]:
     """The records, with a bar on stderr where that is a terminal."""
     with tqdm(
         total=1000, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False,

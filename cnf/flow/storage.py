@@ -1,10 +1,9 @@
-"""Flows on disk: weights as safetensors, settings as JSON in its header; no code is stored or run."""
+"""Flows on disk: weights as safetensors, settings as JSON in its header; no code is run."""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,7 @@ from cnf.ode.gradient.adjoint import Adjoint
 from cnf.ode.gradient.backprop import Backprop
 from cnf.ode.gradient.checkpoint import Checkpoint
 from cnf.ode.tableau import Tableau
+from cnf.replace import replacing
 
 FORMAT = 1  # of the file; raised when an older reader would misread it
 VALUES = {
@@ -61,23 +61,20 @@ def write(path: str | os.PathLike[str], module: nn.Module, settings: Mapping[str
 
     Raises InputError where the folder does not exist or cannot be written.
     """
-    tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+    # copies: weights that a field ties would share memory, which the format has no words for
+    tensors = {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in module.state_dict().items()
+    }
     header = json.dumps({"format": FORMAT, **settings})
     target = Path(path)
     try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(save(tensors, {"cnf": header}))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
+        with replacing(target) as file:
+            file.write(save(tensors, {"cnf": header}))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"the flow cannot be written to {target} ({error.strerror}); name a file in a folder "
+            f"the flow cannot be written to {target} ({reason}); name a file in a folder "
             "that exists and is yours to write"
         ) from error
 
@@ -85,26 +82,38 @@ def write(path: str | os.PathLike[str], module: nn.Module, settings: Mapping[str
 def read(path: str | os.PathLike[str]) -> Stored:
     """What a file of `write` holds; raises InputError for any other file."""
     target = Path(path)
-    if not target.exists():
-        raise InputError(f"there is no file {target}; give the path that flow.save wrote")
-    if target.is_dir():
+    if os.path.isdir(target):
         raise InputError(f"{target} is a folder; give the model file in it")
-    damaged = f"{target} is damaged or is no file that flow.save wrote; restore it or fit again"
+    if not os.path.exists(target):
+        raise InputError(f"there is no file {target}; give the path that flow.save wrote")
     try:
         with safe_open(target, framework="pt") as file:
             header = (file.metadata() or {}).get("cnf")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         settings = json.loads(header) if header else None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(damaged) from error
+    except PermissionError as error:
+        raise InputError(f"{target} cannot be read ({error.strerror}); is it yours?") from error
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise damaged(target) from error
     if not isinstance(settings, dict) or "format" not in settings:
-        raise InputError(damaged)
+        raise damaged(target)
     if settings["format"] != FORMAT:
         raise InputError(
-            f"{target} has format {settings['format']}, this version reads format {FORMAT}; "
+            f"{target} has format {settings['format']!r}, this version reads format {FORMAT}; "
             "install the version that wrote it"
         )
-    return Stored({k: unpack(v) for k, v in settings.items() if k != "format"}, tensors)
+    try:
+        unpacked = {k: unpack(v) for k, v in settings.items() if k != "format"}
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(target) from error
+    return Stored(unpacked, tensors)
+
+
+def damaged(path: str | os.PathLike[str]) -> InputError:
+    """What is said of a file that no flow can be made of."""
+    return InputError(
+        f"{path} is damaged or is no file that flow.save wrote; restore it or fit again"
+    )
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:

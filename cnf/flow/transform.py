@@ -6,10 +6,13 @@ import math
 
 import numpy as np
 import torch
+from scipy.linalg import solve_triangular
 from sklearn.covariance import ledoit_wolf
 from torch import Tensor, nn
 
 from cnf.error import InputError
+
+SMALLEST = 1e-8  # variance in any direction, of columns of unit variance
 
 
 class Whiten(nn.Module):
@@ -44,10 +47,20 @@ class Whiten(nn.Module):
             )
         standard = (data - mean) / scale
         correlation, _ = ledoit_wolf(standard, assume_centered=True)
-        factor = scale[:, None] * np.linalg.cholesky(correlation)
+        # columns that follow from each other, or two rows alone, leave a direction without spread
+        short = max(0.0, SMALLEST - np.linalg.eigvalsh(correlation)[0])
+        identity = np.eye(len(scale))
+        lower = np.linalg.cholesky((correlation + short * identity) / (1 + short))
         self.mean.copy_(torch.from_numpy(mean))
-        self.factor.copy_(torch.from_numpy(factor))
-        self.inverse.copy_(torch.from_numpy(np.linalg.inv(factor)))
+        self.factor.copy_(torch.from_numpy(scale[:, None] * lower))
+        # triangular, and the scales apart: columns may differ by many powers of ten
+        inverse = solve_triangular(lower, identity, lower=True) / scale
+        self.inverse.copy_(torch.from_numpy(inverse))
+        if not torch.isfinite(self.inverse).all():
+            raise InputError(
+                f"a column's spread of {scale.min():g} is too small for {self.mean.dtype}; "
+                "multiply it by a large number"
+            )
         self.is_fitted.fill_(True)
 
     def forward(self, x: Tensor) -> Tensor:

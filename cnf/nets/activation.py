@@ -29,8 +29,13 @@ def _tanh_slope(a: Tensor) -> tuple[Tensor, Tensor]:
     return h, torch.addcmul(h.new_ones(()), h, h, value=-1)
 
 
+def _softplus(a: Tensor) -> Tensor:
+    # torch's threshold of 20 puts a step of 2e-9 into the slope, which float64 sees
+    return torch.nn.functional.softplus(a, threshold=40.0)
+
+
 def _softplus_slope(a: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.nn.functional.softplus(a), torch.sigmoid(a)
+    return _softplus(a), torch.sigmoid(a)
 
 
 def _silu_slope(a: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,8 +52,6 @@ def _silu_curve(a: Tensor, h: Tensor, s: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Activation] = {
     "sin": Activation(torch.sin, _sin_slope, lambda a, h, s: -h),
     "tanh": Activation(torch.tanh, _tanh_slope, lambda a, h, s: (h * s).mul_(-2)),
-    "softplus": Activation(
-        torch.nn.functional.softplus, _softplus_slope, lambda a, h, s: s * (1 - s)
-    ),
+    "softplus": Activation(_softplus, _softplus_slope, lambda a, h, s: s * (1 - s)),
     "silu": Activation(torch.nn.functional.silu, _silu_slope, _silu_curve),
 }

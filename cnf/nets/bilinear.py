@@ -62,6 +62,8 @@ class _ValueAndTrace(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         inputs, hidden = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
         if torch.is_grad_enabled():  # a second derivative is wanted: leave it to autograd
+            # aliases: x's own history leads to the same weights and must not be walked from here
+            inputs = [x.view_as(x) for x in inputs]
             value, trace, _ = _forward(inputs[0], Layers(*inputs[1:]), ctx.names)
             wanted = [x for x in inputs if x.requires_grad]
             found = iter(

@@ -1,7 +1,7 @@
 """Multilayer perceptrons as vector fields, conditioned on time by shifts and gates.
 
-Layer i computes h_i = g_i(t) ∘ φ_i(W_i h_{i−1} + u_i(t)); the output W h + u(t) has no gate, so that
-the matrix of the closed-form trace does not depend on t.  The shifts and gates are linear in
+Layer i computes h_i = g_i(t) ∘ φ_i(W_i h_{i−1} + u_i(t)); the output W h + u(t) has no gate, so
+that the matrix of the closed-form trace does not depend on t.  The shifts and gates are linear in
 Fourier features of t.
 """
 
@@ -32,7 +32,7 @@ class MLP(nn.Module):
         dim: int,
         hidden: Sequence[int] = (128, 128),
         *,
-        bandwidth: tuple[float, float] | None = (0.3, 5.0),
+        bandwidth: tuple[float, float] | None = (0.5, 6.0),
         activation: str = "tanh",
         frequencies: int = 4,
     ) -> None:
@@ -47,8 +47,7 @@ class MLP(nn.Module):
         self.activations = (first, *[activation] * (len(hidden) - 1))
         widths = [dim, *hidden]
         self.weights = nn.ParameterList(
-            nn.Parameter(torch.empty(rows, columns))
-            for columns, rows in pairwise(widths)
+            nn.Parameter(torch.empty(rows, columns)) for columns, rows in pairwise(widths)
         )
         self.out = nn.Parameter(torch.zeros(dim, widths[-1]))
         self.time = _TimeLayer(hidden, dim, frequencies)

@@ -11,17 +11,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from cnf.error import IntegrationError
+from cnf.error import IntegrationError, TrainingError
 
 Batches = Callable[[], Tensor]
 Validate = Callable[[], float]
 
 PATIENCE_BATCHES = 50  # non-finite losses in a row before giving up
+VALIDATION_SHARE = 0.15  # of the time, at the most, where the budget is in seconds
 TIMED_STEPS = 10  # steps that are timed before their number is planned
-
-
-class TrainingError(RuntimeError):
-    """Training could not go on; the weights are the best found so far."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +95,8 @@ def train(
     average = Average(parameters, plan.memory)
     clock = _Clock(plan)
     step = skipped = skipped_in_a_row = 0
-    while step < clock.steps(step):
-        steps = clock.steps(step)
+    steps = clock.steps(step)
+    while True:
         lr = plan.lr * schedule(step, steps, plan.warmup)
         loss = _step(module, batches(), optimizer, lr, plan.clip)
         step += 1
@@ -116,9 +113,10 @@ def train(
                 "tolerances, or data of unit scale"
             )
         steps = clock.steps(step)
+        last = step >= steps  # decided once: the weights of the last step are always measured
         score = None
-        if step >= steps or clock.validation_due(step):
-            with average.in_place():
+        if clock.validation_due(step) or last:
+            with average.in_place(), clock.validating(step):
                 score = validate()
             best.offer(score, average.weights)
         yield Progress(
@@ -133,7 +131,7 @@ def train(
             nfe=getattr(module, "nfe", None),
             skipped=skipped,
         )
-        if plan.patience is not None and best.age >= plan.patience:
+        if last or (plan.patience is not None and best.age >= plan.patience):
             return
 
 
@@ -215,7 +213,8 @@ class _Clock:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._start = time.perf_counter()
-        self._last_validation = 0.0
+        self._last_validation = 0.0  # as a share of the whole
+        self._validating = 0.0  # seconds
 
     def elapsed(self) -> float:
         return time.perf_counter() - self._start
@@ -226,7 +225,7 @@ class _Clock:
             return self._plan.steps
         seconds = self._plan.seconds or 0.0
         if step < TIMED_STEPS:
-            return max(step, TIMED_STEPS) if self.elapsed() < seconds else step
+            return TIMED_STEPS if self.elapsed() < seconds else max(step, 1)
         left = max(0.0, seconds - self.elapsed())
         return step + math.floor(left / (self.elapsed() / step))
 
@@ -236,14 +235,23 @@ class _Clock:
         return (self._plan.steps - step) * self.elapsed() / step
 
     def validation_due(self, step: int) -> bool:
-        """Whether another share of the whole has passed."""
-        if self._plan.steps is not None:
-            share = step / self._plan.steps
-        elif step < TIMED_STEPS:
+        """Whether another share of the whole has passed, and validating stays within its share."""
+        if self._plan.steps is None and (
+            step < TIMED_STEPS or self._validating > VALIDATION_SHARE * self.elapsed()
+        ):
             return False
-        else:
-            share = self.elapsed() / (self._plan.seconds or 1.0)
-        if share - self._last_validation >= 1 / self._plan.validations:
-            self._last_validation = share
-            return True
-        return False
+        return self._share(step) - self._last_validation >= 1 / self._plan.validations
+
+    @contextmanager
+    def validating(self, step: int) -> Iterator[None]:
+        """Counts the time that a validation takes."""
+        start = self.elapsed()
+        yield
+        self._validating += self.elapsed() - start
+        self._last_validation = self._share(step)
+
+    def _share(self, step: int) -> float:
+        """How much of the budget is used up."""
+        if self._plan.steps is not None:
+            return step / self._plan.steps
+        return self.elapsed() / (self._plan.seconds or 1.0)

@@ -212,7 +212,7 @@ def test_one_dimension_is_a_curve(cnf_command) -> None:
     assert cnf_command("sample", "runs/a", "-n", 4, "-o", "s.npy").code == 0
     assert np.load("s.npy").shape == (4, 1)
     assert cnf_command("logprob", "runs/a", "a.npy", "-o", "l.npy").code == 0
-    assert np.load("l.npy").shape == (60,)
+    assert np.load("l.npy").shape == (60, 1)
 
 
 WRONG_FILES = {

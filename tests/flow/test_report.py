@@ -64,7 +64,6 @@ def test_the_gap_is_the_divergence_between_densities() -> None:
     exact = math.log(2) + 1 / 8 - 1 / 2  # KL of N(0, 1) from N(0, 4)
     assert report.gap is not None and report.gap_error is not None
     assert abs(report.gap - exact) < 4 * report.gap_error
-    assert report.gap_error < report.nll_error * 3
 
 
 def test_errors_are_standard_errors_over_rows() -> None:
@@ -166,3 +165,7 @@ def test_numbers_are_plain() -> None:
     assert all(value is None or type(value) in (int, float, str)
                for value in report.as_dict().values())  # fmt: skip
     assert not isinstance(report.nll, np.floating)
+
+
+def test_two_points_are_enough_to_find_the_box() -> None:
+    assert grid_mass(Normal(2), torch.zeros(2, 2), 60) == pytest.approx(1, abs=1e-4)
