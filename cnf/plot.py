@@ -147,23 +147,23 @@ def marginals_figure(
 
 
 def training_figure(
-    steps: ArrayLike,
+    seconds: ArrayLike,
     loss: ArrayLike,
-    validation_steps: ArrayLike = (),
+    validation_seconds: ArrayLike = (),
     validation: ArrayLike = (),
     nfe: ArrayLike = (),
     floor: float | None = None,
-    phases: Sequence[tuple[int, str]] = (),
+    phases: Sequence[tuple[float, str]] = (),
     title: str = "",
 ) -> Figure:
-    """Training loss, validation NLL and evaluations of the field, each over the training steps.
+    """Training loss, validation NLL and evaluations of the field, each over the time of training.
 
-    steps, loss, nfe: (n,), nfe NaN where none were counted; validation_steps, validation: (k,), in
-    nats; floor: the entropy of the data, which no NLL can beat; phases: the first step and the name
-    of each stretch of training.  A panel that has nothing to show is left out.
+    seconds, loss, nfe: (n,), nfe NaN where none were counted; validation_seconds, validation:
+    (k,), in nats; floor: the entropy of the data, which no NLL can beat; phases: the start and the
+    name of each stretch of training.  A panel that has nothing to show is left out.
     """
-    step, value = _pair(steps, loss, "loss")
-    checked, nll = _pair(validation_steps, validation, "validation")
+    step, value = _pair(seconds, loss, "loss")
+    checked, nll = _pair(validation_seconds, validation, "validation")
     names = ["training loss"]
     names += ["validation NLL (nats)"] if len(_finite(nll)) else []
     names += ["field evaluations"] if len(_finite(nfe)) else []
@@ -175,7 +175,7 @@ def training_figure(
     if axes := panels.get("validation NLL (nats)"):
         _validation(axes, checked, nll, floor)
     if axes := panels.get("field evaluations"):
-        _curve(axes, *_pair(steps, nfe, "nfe"), starts, MODEL)
+        _curve(axes, *_pair(seconds, nfe, "nfe"), starts, MODEL)
         axes.set_ylim(0.0, 1.06 * float(_finite(nfe).max()))
     for axes in panels.values():
         _mark_phases(axes, step, phases, named=axes is panels["training loss"])
@@ -408,13 +408,13 @@ def _step_panels(figure: Figure, names: Sequence[str]) -> dict[str, Axes]:
     row = np.atleast_1d(figure.subplots(1, len(names), sharex=True))
     for axes, name in zip(row, names, strict=True):
         _open_frame(axes, name)
-        axes.set_xlabel("step", color=QUIET, fontsize=9)
+        axes.set_xlabel("seconds", color=QUIET, fontsize=9)
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], integer=True))
     return dict(zip(names, row, strict=True))
 
 
 def _curve(
-    axes: Axes, steps: np.ndarray, values: np.ndarray, starts: Sequence[int], color: str
+    axes: Axes, steps: np.ndarray, values: np.ndarray, starts: Sequence[float], color: str
 ) -> None:
     """Raw values faint, their moving mean strong; no mean crosses from one phase into the next."""
     for part in np.split(np.arange(len(steps)), np.searchsorted(steps, sorted(starts))):
@@ -450,7 +450,7 @@ def _validation(axes: Axes, steps: np.ndarray, nll: np.ndarray, floor: float | N
 
 
 def _mark_phases(
-    axes: Axes, steps: np.ndarray, phases: Sequence[tuple[int, str]], named: bool
+    axes: Axes, steps: np.ndarray, phases: Sequence[tuple[float, str]], named: bool
 ) -> None:
     for first, name in phases:
         if len(steps) and first > steps[0]:

@@ -35,8 +35,8 @@ def density(**changed: object) -> Figure:
 
 
 def training(count: int = 40, **changed: object) -> Figure:
-    steps = np.arange(count)
-    arguments = {"steps": steps, "loss": np.exp(-steps / 10.0)}
+    seconds = np.arange(count)
+    arguments = {"seconds": seconds, "loss": np.exp(-seconds / 10.0)}
     return plot.training_figure(**(arguments | changed))
 
 
@@ -57,7 +57,7 @@ FIGURES = {
         np.array([[np.nan, 1.0], [0.0, np.inf], [1.0, 2.0]]), points(5, 2)
     ),
     "training": lambda: training(
-        validation_steps=[10, 20],
+        validation_seconds=[10, 20],
         validation=[2.5, 2.4],
         nfe=np.full(40, 26),
         floor=2.39,
@@ -65,7 +65,7 @@ FIGURES = {
     ),
     "training of one step": lambda: training(1),
     "training that diverged": lambda: training(
-        2, loss=[1.0, np.nan], validation_steps=[0, 1], validation=[3.0, np.inf], floor=2.0
+        2, loss=[1.0, np.nan], validation_seconds=[0, 1], validation=[3.0, np.inf], floor=2.0
     ),
     "digits": lambda: plot.digits_figure(points(7, 64), points(5, 64), (8, 8)),
 }

@@ -53,16 +53,16 @@ def save_density(flow: Flow, source: Source, folder: Path) -> Path:
 def save_training(
     history: Sequence[Progress], folder: Path, name: str, entropy: float | None
 ) -> Path:
-    """Draw loss, validation and evaluations over the steps of all phases; the picture's path."""
+    """Draw loss, validation and evaluations over the time of all phases; the picture's path."""
     scored = [
-        (step, record.validation)
-        for step, record in enumerate(history, start=1)
+        (record.seconds, record.validation)
+        for record in history
         if record.validation is not None and math.isfinite(record.validation)
     ]
     figure = training_figure(
-        range(1, len(history) + 1),
+        [record.seconds for record in history],
         [record.loss for record in history],
-        [step for step, _ in scored],
+        [seconds for seconds, _ in scored],
         [score for _, score in scored],
         [math.nan if record.nfe is None else record.nfe for record in history],
         floor=entropy,
@@ -72,11 +72,13 @@ def save_training(
     return save_figure(figure, folder / TRAINING)
 
 
-def _phases(history: Sequence[Progress]) -> list[tuple[int, str]]:
-    """The first step of each phase and its name."""
-    names = [record.phase for record in history]
-    pairs = zip(names, [None, *names], strict=False)
-    return [(step, name) for step, (name, before) in enumerate(pairs, start=1) if name != before]
+def _phases(history: Sequence[Progress]) -> list[tuple[float, str]]:
+    """When each phase starts, and its name."""
+    starts: dict[str, float] = {}
+    for record in history:
+        starts.setdefault(record.phase, record.seconds)
+    names = {"fm": "flow matching", "ml": "maximum likelihood"}
+    return [(seconds, names[phase]) for phase, seconds in starts.items()]
 
 
 def _shown_rows(source: Source) -> np.ndarray:

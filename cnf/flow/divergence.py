@@ -147,7 +147,7 @@ def choose_divergence(divergence: str | Divergence, field: VectorField) -> Diver
 
 def push(field: VectorField, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
     """(f, J·tangents) of shapes (batch, dim) and (k, batch, dim), for tangents of the latter."""
-    carry = getattr(field, "tangent", None)
+    carry: Any = getattr(field, "tangent", None)
     if callable(carry):
         return carry(t, x, tangents)
 
@@ -158,7 +158,8 @@ def push(field: VectorField, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Te
         return torch.func.jvp(lambda x: field(t, x), (x,), (tangent,))
 
     value_once: Any = (None, 0)  # the value is the same for all tangents
-    return torch.func.vmap(along, out_dims=value_once, randomness="same")(tangents)  # type: ignore[return-value]
+    along_all: Any = torch.func.vmap(along, out_dims=value_once, randomness="same")
+    return along_all(tangents)
 
 
 @cache

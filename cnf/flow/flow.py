@@ -316,7 +316,9 @@ class Flow(nn.Module):
         return self.whitening.invert(moved.x), log_prob.to(z.dtype)
 
     def _base_log_prob(self, z: Tensor) -> Tensor:
-        return standard_normal_log_prob(z) if self.base is None else self.base.log_prob(z)
+        if self.base is None or len(z) == 0:  # torch's Independent fails without rows
+            return standard_normal_log_prob(z)
+        return self.base.log_prob(z)
 
     def _draw_base(self, n: int, seed: int | None) -> Tensor:
         with seeded(seed, self.device):
@@ -337,7 +339,7 @@ class Flow(nn.Module):
             rows = as_rows(x, self.dim, name=name, dtype=self.dtype, device=self.device)
             return rows, torch.Size([len(rows)])
         if len(shape) != 2:
-            x = (x if hasattr(x, "reshape") else np.asarray(x)).reshape(-1, self.dim)
+            x = (x if isinstance(x, Tensor) else np.asarray(x)).reshape(-1, self.dim)
         if 0 in shape:
             empty = x if isinstance(x, Tensor) else torch.empty(0, self.dim)
             return empty.to(self.device, self.dtype), torch.Size(shape[:-1])
