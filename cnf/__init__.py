@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from cnf import data as data
     from cnf.error import InputError as InputError
     from cnf.error import IntegrationError as IntegrationError
+    from cnf.error import TrainingError as TrainingError
     from cnf.flow.divergence import ClosedForm as ClosedForm
     from cnf.flow.divergence import Hutchinson as Hutchinson
     from cnf.flow.divergence import Tangents as Tangents
@@ -43,6 +44,7 @@ _HOMES = {
     "Solution": "cnf.ode.solution",
     "Tableau": "cnf.ode.tableau",
     "Tangents": "cnf.flow.divergence",
+    "TrainingError": "cnf.error",
     "solve": "cnf.ode.solution",
 }
 

@@ -32,6 +32,7 @@ VALIDATION_ROWS = 2048  # looked at while training
 WHITENING_ROWS = 200_000
 LAZY_BYTES = 2**28  # memory maps above this size stay on disk
 LEAST_ROWS = 10
+LEAST_STEPS = 1000  # of the solver that a validation may take
 
 
 class Fittable(Trainable, Protocol):
@@ -271,16 +272,21 @@ class _Score:
         count = min(len(rows), VALIDATION_ROWS)
         chosen = torch.linspace(0, len(rows) - 1, count, dtype=torch.float64).round().long()
         self._flow, self._rows = flow, rows[chosen.to(rows.device)]
+        self._most = flow.solver.max_steps
         self.objective: nn.Module | None = None
 
     @torch.no_grad()
     def __call__(self) -> float:
         flow = self._flow
         rows = self._rows.to(flow.device, flow.dtype)
+        solver = replace(flow.solver, max_steps=self._most)
         try:
-            log_prob, stats = flow.log_prob_of_rows(rows, flow.chosen_divergence(), flow.solver)
+            log_prob, stats = flow.log_prob_of_rows(rows, flow.chosen_divergence(), solver)
         except IntegrationError:
             return float("inf")
+        # weights that need so many more steps than the first ones are lost, and not worth the time
+        wanted = max(LEAST_STEPS, 20 * (stats.accepted + stats.rejected))
+        self._most = min(flow.solver.max_steps, wanted)
         if isinstance(self.objective, FlowMatching):
             self.objective.nfe = stats.nfe
         return -log_prob.double().mean().item()
@@ -290,7 +296,7 @@ def _bar(records: Iterable[Progress], plans: list[Plan]) -> Generator[Progress]:
     """The records, with a bar on stderr where that is a terminal."""
     with tqdm(
         total=1000, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False,
-        bar_format="{desc} {percentage:3.0f}% |{bar}| {postfix}",
+        bar_format="{percentage:3.0f}% |{bar}| {desc}",
     ) as bar:  # fmt: skip
         names = {"fm": "flow matching", "ml": "maximum likelihood"}
         validation = None
@@ -299,11 +305,11 @@ def _bar(records: Iterable[Progress], plans: list[Plan]) -> Generator[Progress]:
             share = record.step / max(record.steps, 1)
             done = [plan.phase for plan in plans].index(record.phase)
             bar.n = int(1000 * (done + share) / len(plans))
-            bar.set_description_str(names[record.phase], refresh=False)
             shown = "" if validation is None else f" · validation {validation:.3f} nats"
             cost = "" if record.nfe is None else f" · NFE {record.nfe}"
-            bar.set_postfix_str(
-                f"loss {record.loss:.3f}{shown}{cost} · {record.remaining:.0f} s left",
+            bar.set_description_str(
+                f"{names[record.phase]} · loss {record.loss:.3f}{shown}{cost} · "
+                f"{record.remaining:.0f} s left",
                 refresh=False,
             )
             bar.update(0)

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import torch
-from scipy.linalg import solve_triangular
 from sklearn.covariance import ledoit_wolf
 from torch import Tensor, nn
 
@@ -25,12 +24,10 @@ class Whiten(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("factor", torch.eye(dim))
-        self.register_buffer("inverse", torch.eye(dim))
         self.register_buffer("is_fitted", torch.tensor(False))
         self.is_fitted: Tensor
         self.mean: Tensor
         self.factor: Tensor
-        self.inverse: Tensor
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
@@ -53,10 +50,7 @@ class Whiten(nn.Module):
         lower = np.linalg.cholesky((correlation + short * identity) / (1 + short))
         self.mean.copy_(torch.from_numpy(mean))
         self.factor.copy_(torch.from_numpy(scale[:, None] * lower))
-        # triangular, and the scales apart: columns may differ by many powers of ten
-        inverse = solve_triangular(lower, identity, lower=True) / scale
-        self.inverse.copy_(torch.from_numpy(inverse))
-        if not torch.isfinite(self.inverse).all():
+        if not torch.isfinite(1 / self.factor.diagonal()).all():
             raise InputError(
                 f"a column's spread of {scale.min():g} is too small for {self.mean.dtype}; "
                 "multiply it by a large number"
@@ -64,7 +58,8 @@ class Whiten(nn.Module):
         self.is_fitted.fill_(True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) @ self.inverse.T
+        # solved, not multiplied by a stored inverse: `invert` then undoes it to rounding
+        return torch.linalg.solve_triangular(self.factor.T, x - self.mean, upper=True, left=False)
 
     def invert(self, z: Tensor) -> Tensor:
         """x from z."""
@@ -72,9 +67,9 @@ class Whiten(nn.Module):
 
     def logdet(self) -> Tensor:
         """log |det dz/dx|, 0-d, in float64 where the device has it."""
-        diagonal = self.inverse.diagonal()
+        diagonal = self.factor.diagonal()
         wide = diagonal if diagonal.device.type == "mps" else diagonal.double()
-        return wide.log().sum()
+        return -wide.log().sum()
 
 
 def standard_normal_log_prob(z: Tensor) -> Tensor:

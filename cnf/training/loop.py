@@ -193,7 +193,8 @@ def _step(
         group["lr"] = lr
     optimizer.zero_grad()
     try:
-        loss = module(batch)
+        with torch.enable_grad():
+            loss = module(batch)
         if not math.isfinite(value := loss.item()):
             return math.nan
         loss.backward()

@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import pickle
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from torch import nn
 from torch.distributions import Independent, MultivariateNormal, Normal, StudentT, Uniform
 
 import cnf
+from cnf.data.density import toy
 from cnf.error import InputError, IntegrationError
 from cnf.flow.flow import Flow
 
@@ -115,12 +117,12 @@ class Integers(torch.distributions.Distribution):
     """A normal that can only be drawn from without gradients."""
 
     has_rsample = False
-    arg_constraints = {}
+    arg_constraints: ClassVar[dict] = {}
 
     def __init__(self) -> None:
         super().__init__(event_shape=torch.Size([2]))
 
-    def sample(self, sample_shape=torch.Size()):
+    def sample(self, sample_shape=()):
         return torch.randn(*sample_shape, 2)
 
     def log_prob(self, value):
@@ -218,20 +220,20 @@ def test_info_says_what_auto_chose():
         assert flow.log_prob(x, return_info=True)[1].divergence == name
 
 
-@pytest.mark.parametrize("base", [None, student()], ids=["normal base", "own base"])
+@pytest.mark.parametrize(
+    "base", [None, Independent(Normal(torch.zeros(2), 0.7), 1)], ids=["normal base", "own base"]
+)
 def test_the_density_integrates_to_one(base):
-    from cnf.data.density import toy
-
     torch.manual_seed(1)
     flow = Flow(2, hidden=(24, 24), base=base, seed=0)
     flow.fit(toy("moons").sample((1500,)), steps=150, seed=0, progress=False, batch_size=256)
-    low, high, count = -12.0, 12.0, 401
+    low, high, count = -9.0, 9.0, 301
     axis = torch.linspace(low, high, count)
     grid = torch.cartesian_prod(axis, axis)
     with torch.no_grad():
         density = flow.log_prob(grid).double().exp()
     mass = density.sum() * ((high - low) / (count - 1)) ** 2
-    assert mass == pytest.approx(1, abs=1e-3 if base is None else 3e-2)  # Student's tails are wide
+    assert mass.item() == pytest.approx(1, abs=1e-3)
     assert flow.log_prob(grid[:1]).exp() < density.max()
 
 
@@ -246,11 +248,11 @@ def test_decode_undoes_encode(make):
     assert not double or torch.allclose(flow.decode(z), x, atol=1e-7)
 
 
-@EACH_FLOW
+@pytest.mark.parametrize(
+    "make", [pytest.param(make, id=name) for name, make in FLOWS.items() if "64" not in name]
+)
 def test_log_prob_is_the_base_density_at_the_encoded_point_and_the_jacobian(make):
     flow = make()
-    if flow.dim > 10:
-        pytest.skip("a Jacobian of 64 columns takes too long here")
     x = flow.sample(3, seed=4)
     whole = torch.autograd.functional.jacobian(flow.encode, x)
     logdet = torch.linalg.slogdet(torch.einsum("bibj->bij", whole))[1]

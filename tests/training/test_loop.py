@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_a_budget_in_steps_is_exact(steps):
     assert [r.step for r in records] == list(range(1, steps + 1))
     assert {r.steps for r in records} == {steps} and calls == steps
     assert records[-1].remaining == 0
-    assert all(a.seconds <= b.seconds for a, b in zip(records, records[1:], strict=False))
+    assert all(a.seconds <= b.seconds for a, b in pairwise(records))
     assert all(r.phase == "demo" and r.skipped == 0 and r.nfe is None for r in records)
     assert all(math.isfinite(r.loss) and r.lr > 0 for r in records)
 
@@ -219,6 +220,14 @@ def test_too_many_failures_in_a_row_end_it_in_a_sentence():
     assert len(records) == 30 + PATIENCE_BATCHES - 1
     assert torch.isfinite(module.weight).all()
     assert best.weights and all(torch.isfinite(w).all() for w in best.weights)
+
+
+def test_it_trains_where_gradients_are_switched_off():
+    best = Best()
+    with torch.no_grad():
+        run(Parabola(), steps=200, best=best)
+        assert not torch.is_grad_enabled()
+    assert best.score < 0.05
 
 
 def test_other_errors_are_not_swallowed():
@@ -366,8 +375,8 @@ def test_the_schedule_rises_to_at_most_one_and_falls_to_nearly_zero(steps, warmu
     shares = [schedule(step, steps, warmup) for step in range(steps)]
     assert all(0 < share <= 1 for share in shares)
     peak = shares.index(max(shares))
-    assert all(a <= b for a, b in zip(shares[:peak], shares[1 : peak + 1], strict=True))
-    assert all(a >= b for a, b in zip(shares[peak:], shares[peak + 1 :], strict=False))
+    assert all(a <= b for a, b in pairwise(shares[: peak + 1]))
+    assert all(a >= b for a, b in pairwise(shares[peak:]))
     assert peak <= warmup * steps + 1
     assert schedule(steps, steps, warmup) == pytest.approx(0, abs=1e-12)
     if steps == 1000:
