@@ -147,7 +147,7 @@ def choose_divergence(divergence: str | Divergence, field: VectorField) -> Diver
 
 def push(field: VectorField, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
     """(f, J·tangents) of shapes (batch, dim) and (k, batch, dim), for tangents of the latter."""
-    carry: Any = getattr(field, "tangent", None)
+    carry: Callable[..., tuple[Tensor, Tensor]] | None = getattr(field, "tangent", None)
     if callable(carry):
         return carry(t, x, tangents)
 

@@ -74,7 +74,8 @@ def solve(
     returns (dy/dt, rates), and the rates' integrals come back beside the solution.
     y0: tensor, or tuple or dict of tensors, floating or complex; t: two or more strictly monotone
     times, in either direction.
-    method: "euler", "midpoint", "rk4", "bosh3", "dopri5", "tsit5" or a Tableau.
+    method: "euler", "midpoint", "heun2", "heun3", "rk4", "rk4_38" (fixed steps only),
+    "adaptive_heun", "fehlberg2", "bosh3", "dopri5", "tsit5", "dopri8" (both) or a Tableau.
     rtol (1e-5), atol (1e-6): tolerances of adaptive steps; step_size: fixed steps with any method;
     control: FixedStep or Adaptive, instead of these three.
     gradient: "checkpoint" (exact, one state a step), "backprop" (exact, the whole graph) or
@@ -263,7 +264,7 @@ def _choose_control(
     if isinstance(control, Adaptive) and not method.adaptive:
         raise InputError(
             f"method {method.name!r} does not estimate its error, so it cannot choose its steps: "
-            "give step_size=, or take dopri5, tsit5 or bosh3"
+            "give step_size=, or take dopri5, tsit5, bosh3 or dopri8"
         )
     return control
 

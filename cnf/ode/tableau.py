@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import fsum
+from math import fsum, isfinite
 
-from cnf.error import InputError
+from cnf.error import InputError, whole_number
 
 Row = tuple[float, ...]
 
@@ -26,8 +26,8 @@ class Tableau:
     name: what errors and statistics call it; order: of y1; c: nodes, one for each stage;
     a: rows of stage weights, row i holds a_i1 … a_i,i−1 (the first row is empty);
     b: weights of y1; error: weights of y1 minus the embedded solution, or None where there is none.
-    Raises InputError where the coefficients do not fit together: shapes, Σ a_i = c_i, Σ b = 1,
-    Σ error = 0.
+    Raises InputError where the coefficients are no finite numbers or do not fit together: shapes,
+    Σ a_i = c_i, Σ b = 1, Σ error = 0 and error not 0 throughout. The order is taken at its word.
     """
 
     name: str
@@ -38,11 +38,19 @@ class Tableau:
     error: Row | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "c", _row(self.c))
-        object.__setattr__(self, "a", tuple(_row(row) for row in self.a))
-        object.__setattr__(self, "b", _row(self.b))
-        if self.error is not None:
-            object.__setattr__(self, "error", _row(self.error))
+        order = whole_number(f"tableau {self.name!r}: order", self.order, 1)
+        object.__setattr__(self, "order", order)
+        try:
+            object.__setattr__(self, "c", _row(self.c))
+            object.__setattr__(self, "a", tuple(_row(row) for row in self.a))
+            object.__setattr__(self, "b", _row(self.b))
+            if self.error is not None:
+                object.__setattr__(self, "error", _row(self.error))
+        except (TypeError, ValueError) as wrong:
+            raise InputError(
+                f"tableau {self.name!r}: c, b and error are rows of numbers and a is a row of "
+                f"such rows ({wrong})"
+            ) from None
         _check(self)
 
     @property
@@ -71,8 +79,10 @@ def _row(values: Sequence[float]) -> Row:
 
 def _check(tableau: Tableau) -> None:
     name, stages = tableau.name, tableau.stages
-    if tableau.order < 1:
-        raise InputError(f"tableau {name!r}: order must be at least 1, got {tableau.order}")
+    for row in (tableau.c, *tableau.a, tableau.b, tableau.error or ()):
+        for value in row:
+            if not isfinite(value):
+                raise InputError(f"tableau {name!r}: every entry must be finite, got {value}")
     if len(tableau.c) != stages or len(tableau.a) != stages:
         raise InputError(
             f"tableau {name!r}: b has {stages} stages, c has {len(tableau.c)} and a has "
@@ -84,7 +94,7 @@ def _check(tableau: Tableau) -> None:
                 f"tableau {name!r}: row {i} of a has {len(row)} weights, expected {i}: "
                 "an explicit method's row i weighs the stages before i and no other"
             )
-        if not abs(fsum(row) - tableau.c[i]) <= 1e-10:  # so written, NaN does not pass
+        if not abs(fsum(row) - tableau.c[i]) <= 1e-10:
             raise InputError(
                 f"tableau {name!r}: row {i} of a sums to {fsum(row):.12g}, but c[{i}] is "
                 f"{tableau.c[i]:.12g}; the two must agree"
@@ -96,6 +106,11 @@ def _check(tableau: Tableau) -> None:
         raise InputError(
             f"tableau {name!r}: error has {len(error)} weights that sum to {fsum(error):.3g}; "
             f"expected {stages} that sum to 0 (b minus the embedded method's weights)"
+        )
+    if error is not None and not any(error):
+        raise InputError(
+            f"tableau {name!r}: error is 0 throughout, so every step would pass for exact; "
+            "give b minus the embedded method's weights, or None"
         )
 
 

@@ -303,8 +303,8 @@ def test_a_bar_is_drawn_on_a_terminal_alone(terminal, monkeypatch, capsys):
 
     screen = Screen()
     monkeypatch.setattr(sys, "stderr", screen)
-    one = weights(fit(progress=True, callback=lambda record: time.sleep(0.02)))
-    assert ("maximum likelihood · loss" in screen.getvalue()) == terminal
+    one = weights(fit(progress=True, callback=lambda record: time.sleep(0.05)))
+    assert ("flow matching · loss" in screen.getvalue()) == terminal
     assert terminal or screen.getvalue() == ""
     drawn = len(screen.getvalue())
     assert equal(one, weights(fit(progress=False)))

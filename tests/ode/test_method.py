@@ -14,22 +14,13 @@ from cnf.ode.method import ExplicitRungeKutta, choose_method
 from cnf.ode.solution import solve
 from cnf.ode.tableau import TABLEAUS, Tableau
 
-THIRD = 1 / 3
 RALSTON = Tableau("ralston2", 2, c=(0, 2 / 3), a=((), (2 / 3,)), b=(1 / 4, 3 / 4))
-THREE_EIGHTHS = Tableau(
-    "3/8 rule",
-    4,
-    c=(0, THIRD, 2 / 3, 1),
-    a=((), (THIRD,), (-THIRD, 1), (1, -1, 1)),
-    b=(1 / 8, 3 / 8, 3 / 8, 1 / 8),
-)
-HEUN_EULER = Tableau(  # adaptive, and its last stage is not the next step's first
-    "heun", 2, c=(0, 1), a=((), (1,)), b=(1 / 2, 1 / 2), error=(-1 / 2, 1 / 2)
-)
-METHODS = {**TABLEAUS, **{t.name: t for t in (RALSTON, THREE_EIGHTHS, HEUN_EULER)}}
+METHODS = {**TABLEAUS, RALSTON.name: RALSTON}
 ADAPTIVE = {name: tableau for name, tableau in METHODS.items() if tableau.adaptive}
 START = [[angle, speed] for angle in (-1.0, 0.2, 0.7, 1.5) for speed in (-0.6, 0.4)]
 SPAN = 2.0
+# steps across the span, by order: in the regime of small steps, and well above rounding
+COUNTS = {1: (256, 1024), 2: (64, 256), 3: (32, 128), 4: (24, 72), 5: (20, 60), 8: (10, 20)}
 
 
 def driven(t, y):
@@ -54,7 +45,8 @@ def reference(direction):
         return torch.cat([driven(t, y), rate(t, y)[:, None]], 1).flatten().numpy()
 
     flat = torch.cat([start(), torch.zeros(8, 1)], 1).flatten()
-    solved = solve_ivp(right, (0, direction * SPAN), flat, "DOP853", rtol=1e-12, atol=1e-13)
+    # as exact as it can be: order 8 comes down to 1e-13
+    solved = solve_ivp(right, (0, direction * SPAN), flat, "DOP853", rtol=2.3e-14, atol=1e-15)
     end = torch.tensor(solved.y[:, -1]).view(8, 3)
     return end[:, :2], end[:, 2]
 
@@ -67,7 +59,7 @@ def exact(request):
 @pytest.mark.parametrize("tableau", METHODS.values(), ids=METHODS)
 def test_error_shrinks_at_the_stated_order(tableau, exact):
     direction, end = exact
-    counts = {1: (256, 1024), 2: (64, 256), 3: (32, 128), 4: (24, 72), 5: (20, 60)}[tableau.order]
+    counts = COUNTS[tableau.order]
     errors = []
     for count in counts:
         sol = solve(
@@ -82,9 +74,11 @@ def test_error_shrinks_at_the_stated_order(tableau, exact):
         errors.append([(x - y).norm().item() for x, y in zip(got, end, strict=True)])
     steps = math.log(counts[1] / counts[0])
     # order 5 is tuned: the error's next order still shows at these steps
-    above = 0.5 if tableau.order < 5 else 1.3
+    above = 1.3 if tableau.order == 5 else 0.5
+    # order 8 is met from below, and rounding forbids smaller steps
+    below = 0.3 if tableau.order == 8 else 0.2
     for coarse, fine in zip(*errors, strict=True):  # of the state, of the integral
-        assert tableau.order - 0.2 <= math.log(coarse / fine) / steps <= tableau.order + above
+        assert tableau.order - below <= math.log(coarse / fine) / steps <= tableau.order + above
 
 
 def one_step(tableau, h, estimate, field=driven):
@@ -103,15 +97,17 @@ def one_step(tableau, h, estimate, field=driven):
 @pytest.mark.parametrize("direction", [1, -1])
 @pytest.mark.parametrize("tableau", ADAPTIVE.values(), ids=ADAPTIVE)
 def test_the_error_estimate_shrinks_one_order_above_the_embedded_solution(tableau, direction):
-    sizes = (0.1, 0.025)
+    sizes = (0.1, 0.025) if tableau.order < 8 else (0.4, 0.1)  # rounding below
     large, small = (one_step(tableau, direction * h, True)[0].error[0].norm().item() for h in sizes)
     assert math.log(large / small, 4) == pytest.approx(tableau.order, abs=0.3)
 
 
 @pytest.mark.parametrize("tableau", ADAPTIVE.values(), ids=ADAPTIVE)
 def test_the_error_estimate_is_of_the_size_of_the_embedded_solutions_error(tableau):
-    step, _ = one_step(tableau, 0.05, True)
-    fine = solve(driven, start(), [0.3, 0.35], method="dopri5", step_size=1e-3).y[-1]
+    # fehlberg2's first-order error is 1/512 of Euler's: it leads at small steps alone
+    h = {"fehlberg2": 0.002, "dopri8": 0.2}.get(tableau.name, 0.05)
+    step, _ = one_step(tableau, h, True)
+    fine = solve(driven, start(), [0.3, 0.3 + h], method="dopri8", step_size=h / 20).y[-1]
     embedded = step.y[0] - step.error[0]
     assert 0.5 < (step.error[0].norm() / (fine - embedded).norm()).item() < 2.0
 

@@ -81,14 +81,24 @@ def problem(request):
     return field, torch.tensor(start, dtype=F64), torch.tensor(times), torch.tensor(exact.y.T)
 
 
-@pytest.mark.parametrize("tolerance", [1e-4, 1e-7, 1e-9])
-@pytest.mark.parametrize("method", ADAPTIVE)
+TOLERANCES = {  # low orders are slow where high ones are at home
+    "adaptive_heun": (1e-3, 1e-4, 1e-5),
+    "fehlberg2": (1e-4, 1e-5, 1e-7),
+    "bosh3": (1e-4, 1e-7, 1e-8),
+    "dopri8": (1e-4, 1e-7, 1e-9, 1e-11),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "tolerance"),
+    [(method, tol) for method in ADAPTIVE for tol in TOLERANCES.get(method, (1e-4, 1e-7, 1e-9))],
+)
 def test_the_solution_meets_its_tolerance(method, tolerance, problem):
     field, start, times, exact = problem
-    if method == "bosh3" and tolerance < 1e-8:
-        tolerance = 1e-8  # order 3 is slow there
     sol = solve(field, start, times, method=method, rtol=tolerance, atol=tolerance)
-    allowed = 30 * tolerance * (1 + exact.abs().amax(0))
+    # fehlberg2 estimates 1/512 of Euler's error, which its second-order solution soon exceeds
+    margin = 600 if method == "fehlberg2" else 30
+    allowed = margin * tolerance * (1 + exact.abs().amax(0))
     assert ((sol.y - exact).abs() <= allowed).all()
 
 
@@ -405,7 +415,7 @@ REFUSED = {
         dict(t=[0.0, torch.tensor(1.0, requires_grad=True)]),
         "torch.stack",
     ),
-    "an unknown method": (dict(method="dorpi5"), "euler, midpoint, rk4, bosh3, dopri5, tsit5"),
+    "an unknown method": (dict(method="dorpi5"), ", ".join(TABLEAUS)),
     "a class for a method": (dict(method=3), "got int"),
     "an unknown gradient": (dict(gradient="ajoint"), "backprop, checkpoint, adjoint"),
     "a gradient that is none": (dict(gradient=3), "gradient"),

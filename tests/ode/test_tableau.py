@@ -49,7 +49,8 @@ def residuals(tableau: Tableau, b: np.ndarray, order: int) -> list[float]:
 
 
 def test_there_are_as_many_trees_as_theory_counts():
-    assert [len(list(forests(n - 1, n - 1))) for n in range(1, 7)] == [1, 1, 2, 4, 9, 20]
+    counts = [len(list(forests(n - 1, n - 1))) for n in range(1, 10)]
+    assert counts == [1, 1, 2, 4, 9, 20, 48, 115, 286]
 
 
 @pytest.mark.parametrize("tableau", TABLEAUS.values(), ids=TABLEAUS)
@@ -57,7 +58,8 @@ def test_every_order_condition_holds_up_to_the_stated_order_and_not_beyond(table
     b = np.array(tableau.b)
     for order in range(1, tableau.order + 1):
         assert np.abs(residuals(tableau, b, order)).max() < 1e-12
-    assert np.abs(residuals(tableau, b, tableau.order + 1)).max() > 1e-5
+    # 8e-6 for dopri8, whose trees of 9 nodes have small weights; rounding leaves 1e-14
+    assert np.abs(residuals(tableau, b, tableau.order + 1)).max() > 1e-6
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
@@ -84,16 +86,18 @@ def test_a_tableau_is_known_by_its_own_name_and_holds_floats(name, tableau):
 
 
 def test_first_same_as_last_is_derived_and_never_assumed():
-    assert {name for name, tableau in TABLEAUS.items() if tableau.fsal} == set(ADAPTIVE)
+    fsal = {name for name, tableau in TABLEAUS.items() if tableau.fsal}
+    assert fsal == {"bosh3", "dopri5", "tsit5"}
     nearly = TABLEAUS["bosh3"]
     other = Tableau("other", 1, nearly.c, (*nearly.a[:-1], (0.0, 0.0, 1.0)), nearly.b, nearly.error)
     assert not other.fsal
 
 
-@pytest.mark.parametrize(
-    ("name", "stages"),
-    {"euler": 1, "midpoint": 2, "rk4": 4, "bosh3": 3, "dopri5": 6, "tsit5": 6}.items(),
-)
+USED = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4, "rk4_38": 4}
+USED |= {"adaptive_heun": 2, "fehlberg2": 3, "bosh3": 3, "dopri5": 6, "tsit5": 6, "dopri8": 13}
+
+
+@pytest.mark.parametrize(("name", "stages"), USED.items())
 def test_a_fixed_step_evaluates_the_stages_that_the_solution_uses(name, stages):
     assert TABLEAUS[name].used_stages == stages
 
@@ -104,7 +108,7 @@ def test_a_tableau_given_as_lists_or_arrays_equals_one_given_as_tuples():
     assert hash(lists) == hash(Tableau("mine", 2, c=(0, 1), a=((), (1,)), b=(0.5, 0.5)))
 
 
-NAN = float("nan")
+NAN, INF = float("nan"), float("inf")
 BROKEN = {
     "order 0": (dict(order=0), "order"),
     "a row too few": (dict(a=((),)), "rows"),
@@ -119,6 +123,22 @@ BROKEN = {
     "a weight that is no number": (dict(b=(NAN, NAN)), "nan"),
     "a node that is no number": (dict(c=(0, NAN)), "nan"),
     "an error that is no number": (dict(error=(NAN, NAN)), "nan"),
+    "a stage weight that is no number": (dict(a=((), (NAN,))), "nan"),
+    "an infinite node and row": (dict(c=(0, INF), a=((), (INF,))), "inf"),
+    "infinite weights that cancel": (dict(b=(INF, -INF)), "finite, got inf"),
+    "infinite errors that cancel": (dict(error=(INF, -INF)), "finite, got inf"),
+    "an error that is 0 throughout": (dict(error=(0, 0)), "0 throughout"),
+    "an error too short": (dict(error=()), "0 weights"),
+    "half an order": (dict(order=1.5), "order must be a whole number"),
+    "an order in words": (dict(order="2"), "order must be a whole number"),
+    "an order that is no number": (dict(order=NAN), "order must be a whole number"),
+    "an order that is a truth value": (dict(order=True), "order must be a whole number"),
+    "a first row that is not empty": (dict(a=((0,), (1,))), "row 0 of a has 1 weights"),
+    "a row too many": (dict(a=((), (1,), (0, 1))), "3 rows"),
+    "no nodes": (dict(c=None), "rows of numbers"),
+    "a word for a weight": (dict(b=("half", 0.5)), "rows of numbers"),
+    "a complex weight": (dict(b=(0.5 + 0j, 0.5)), "rows of numbers"),
+    "numbers for rows": (dict(a=(0, 1)), "rows of numbers"),
 }
 
 
