@@ -151,7 +151,7 @@ def _fit_arguments(verb: Parser) -> None:
         help="add uniform noise to the file's columns of repeated or whole numbers",
     )
     data.add_argument(
-        "--rows", metavar="N", type=_count, help="points of a toy set to train on (100000)"
+        "--rows", metavar="N", type=_count, help="points of a toy set to train on (500000)"
     )
 
     training = verb.add_argument_group("training")

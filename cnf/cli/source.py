@@ -22,7 +22,7 @@ from cnf.flow.recipe import LAZY_BYTES, LEAST_ROWS
 from cnf.training.seed import seeded
 
 NAMES = (*TOY_NAMES, "digits")
-TOY_ROWS, TOY_VALIDATION, TOY_HELD_OUT = 100_000, 2000, 10_000
+TOY_ROWS, TOY_VALIDATION, TOY_HELD_OUT = 500_000, 2000, 10_000
 TRAIN_DRAWS, VALIDATION_DRAWS, HELD_OUT_DRAWS = 20, 3, 5  # noises for each image
 SHARE = 0.15  # of a table's rows for validation, and as many held out
 MOST_ROWS = 10_000  # of each, in a large table
