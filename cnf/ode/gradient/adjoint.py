@@ -12,7 +12,7 @@ from torch import Tensor
 from cnf.error import IntegrationError
 from cnf.ode.control import Adaptive, Control
 from cnf.ode.field import Evaluation, Field
-from cnf.ode.gradient.problem import Solved, add_gradients, stacked, vjp
+from cnf.ode.gradient.problem import Solved, add_gradients, solved_by, stacked, vjp
 from cnf.ode.integrate import Problem, Stats, integrate
 from cnf.ode.state import Leaves, largest, rms
 
@@ -30,8 +30,7 @@ class Adjoint:
     def solve(
         self, problem: Problem, field: Field, y: Leaves, first: Evaluation, stats: Stats
     ) -> Solved:
-        outputs = _Adjoint.apply(problem, field, first, stats, len(y), *y, *field.tensors)
-        return Solved(outputs[: len(y)], outputs[len(y) :])
+        return solved_by(_Adjoint, problem, field, y, first, stats)
 
 
 class _Adjoint(torch.autograd.Function):

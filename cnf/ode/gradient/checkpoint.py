@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cnf.ode.field import Evaluation, Field
-from cnf.ode.gradient.problem import Solved, add_gradients, stacked, vjp
+from cnf.ode.gradient.problem import Solved, add_gradients, solved_by, stacked, vjp
 from cnf.ode.integrate import Accepted, Problem, Stats, integrate
 from cnf.ode.state import Leaves
 
@@ -27,8 +27,7 @@ class Checkpoint:
     def solve(
         self, problem: Problem, field: Field, y: Leaves, first: Evaluation, stats: Stats
     ) -> Solved:
-        outputs = _Replayed.apply(problem, field, first, stats, len(y), *y, *field.tensors)
-        return Solved(outputs[: len(y)], outputs[len(y) :])
+        return solved_by(_Replayed, problem, field, y, first, stats)
 
 
 class _Replayed(torch.autograd.Function):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -34,9 +33,21 @@ class Gradient(Protocol):
         ...
 
 
-def over(problem: Problem, field: Field) -> Problem:
-    """The same problem for another field."""
-    return replace(problem, field=field)
+def solved_by(
+    function: type[torch.autograd.Function],
+    problem: Problem,
+    field: Field,
+    y: Leaves,
+    first: Evaluation,
+    stats: Stats,
+) -> Solved:
+    """The result of an autograd function whose tensors are y and then the field's.
+
+    forward is given (ctx, problem, field, first, stats, len(y), *tensors), and returns the stacked
+    states and then the integrals.
+    """
+    outputs = function.apply(problem, field, first, stats, len(y), *y, *field.tensors)
+    return Solved(outputs[: len(y)], outputs[len(y) :])
 
 
 def stacked(trajectory: Trajectory) -> Solved:

@@ -1,4 +1,4 @@
-"""Random numbers are the same in every run, and tiny nets do not wait for threads."""
+"""Random numbers are the same in every run, and small tensors do not wait for threads."""
 
 from __future__ import annotations
 
