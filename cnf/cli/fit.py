@@ -149,6 +149,10 @@ def _closing_lines(figures: dict[str, Any], folder: Path) -> list[str]:
     names = ", ".join(sorted(path.name for path in folder.iterdir()))
     lines = [
         ("time", f"{trained:.1f} s for {figures['steps']:,} steps, {total:.1f} s in all"),
+    ]
+    if figures["skipped"]:
+        lines.append(("skipped", f"{figures['skipped']:,} batches whose loss was not finite"))
+    lines += [
         ("files", f"{folder}: {names}"),
         ("next", f"cnf sample {folder} -n 1000 -o samples.npy"),
         ("", f"cnf logprob {folder} FILE -o log_prob.csv"),

@@ -121,7 +121,8 @@ def _run(
     best.offer(score(), [p.detach() for p in parameters])  # a fit never ends worse than it began
     elapsed = 0.0
     try:
-        for plan in plans:
+        for i, plan in enumerate(plans):
+            later = sum(after.seconds or 0.0 for after in plans[i + 1 :])
             objective: nn.Module = (
                 FlowMatching(flow)
                 if plan.phase == "fm"
@@ -133,7 +134,11 @@ def _run(
             best.age = 0
             record = None
             for record in train(objective, batches, plan, validate=score, best=best):
-                yield replace(record, seconds=elapsed + record.seconds)
+                yield replace(
+                    record,
+                    seconds=elapsed + record.seconds,
+                    remaining=record.remaining + later,
+                )
             elapsed += record.seconds if record is not None else 0.0
     finally:
         if best.weights:
@@ -305,12 +310,11 @@ def _bar(records: Iterable[Progress], plans: list[Plan]) -> Generator[Progress]:
             share = record.step / max(record.steps, 1)
             done = [plan.phase for plan in plans].index(record.phase)
             bar.n = int(1000 * (done + share) / len(plans))
-            shown = "" if validation is None else f" · validation {validation:.3f} nats"
-            cost = "" if record.nfe is None else f" · NFE {record.nfe}"
-            bar.set_description_str(
-                f"{names[record.phase]} · loss {record.loss:.3f}{shown}{cost} · "
-                f"{record.remaining:.0f} s left",
-                refresh=False,
-            )
+            parts = [names[record.phase], f"loss {record.loss:.3f}"]
+            parts += [] if validation is None else [f"validation {validation:.3f} nats"]
+            parts += [] if record.nfe is None else [f"NFE {record.nfe}"]
+            parts += [f"{record.skipped} batches skipped"] if record.skipped else []
+            parts += [f"{record.remaining:.0f} s left"]
+            bar.set_description_str(" · ".join(parts), refresh=False)
             bar.update(0)
             yield record
