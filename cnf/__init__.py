@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cnf.flow.objective import MaximumLikelihood as MaximumLikelihood
     from cnf.ode.control import Adaptive as Adaptive
     from cnf.ode.control import FixedStep as FixedStep
+    from cnf.ode.event import Event as Event
     from cnf.ode.gradient.adjoint import Adjoint as Adjoint
     from cnf.ode.gradient.backprop import Backprop as Backprop
     from cnf.ode.gradient.checkpoint import Checkpoint as Checkpoint
@@ -34,6 +35,7 @@ _HOMES = {
     "Backprop": "cnf.ode.gradient.backprop",
     "Checkpoint": "cnf.ode.gradient.checkpoint",
     "ClosedForm": "cnf.flow.divergence",
+    "Event": "cnf.ode.event",
     "FixedStep": "cnf.ode.control",
     "Flow": "cnf.flow.flow",
     "FlowMatching": "cnf.flow.objective",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cnf.error import InputError, whole_number
+from cnf.ode.field import is_row_wise
 
 VectorField = Callable[[Tensor, Tensor], Tensor]
 
@@ -175,6 +176,7 @@ class _Attached:
 
     def __init__(self, field: Any, call: Callable[..., tuple[Tensor, Tensor]]) -> None:
         self._field, self._call = field, call
+        self.row_wise = is_row_wise(field)
 
     def __call__(self, t: Tensor, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         return self._call(t, x, *tensors)

@@ -123,7 +123,7 @@ class Flow(nn.Module):
         for x in self._chunks(rows, whole_number("chunk", chunk, 1)):
             part, stats = self.log_prob_of_rows(x, divergence, self.solver)
             parts.append(part)
-            nfe = max(nfe, stats.nfe)
+            nfe = max(nfe, stats.calls)
         log_prob = torch.cat(parts).reshape(shape)
         return (log_prob, Info(nfe, type(divergence).__name__)) if return_info else log_prob
 

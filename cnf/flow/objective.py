@@ -52,7 +52,7 @@ class MaximumLikelihood(nn.Module):
             solver = replace(solver.with_tolerance(self.tolerance), max_steps=most)
         divergence = fresh(self.flow.chosen_divergence())
         log_prob, stats = self.flow.log_prob_of_rows(x, divergence, solver)
-        self.nfe = stats.nfe
+        self.nfe = stats.calls
         return -log_prob.mean()
 
 

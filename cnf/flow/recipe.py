@@ -290,10 +290,10 @@ class _Score:
         except IntegrationError:
             return float("inf")
         # weights that need so many more steps than the first ones are lost, and not worth the time
-        wanted = max(LEAST_STEPS, 20 * (stats.accepted + stats.rejected))
+        wanted = max(LEAST_STEPS, 20 * stats.attempts)
         self._most = min(flow.solver.max_steps, wanted)
         if isinstance(self.objective, FlowMatching):
-            self.objective.nfe = stats.nfe
+            self.objective.nfe = stats.calls
         return -log_prob.double().mean().item()
 
 

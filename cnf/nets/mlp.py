@@ -27,6 +27,8 @@ class MLP(nn.Module):
     The output layer starts at zero: the flow starts as the identity.
     """
 
+    row_wise = True
+
     def __init__(
         self,
         dim: int,

@@ -42,7 +42,8 @@ class Evaluation(NamedTuple):
 class Field:
     """A user's field f(t, y, *rows, *params) as (host time, leaves) → Evaluation.
 
-    passed: the rows and params it is called with; captured: what it reads by itself;
+    passed: the rows and params it is called with, the first `aligned` of them with the batch;
+    captured: what it reads by itself; row_wise: whether rows can be left out;
     substitutes: aliases by the id of the captured tensor whose place they take; precision: the
     autocast state of the solve, for evaluations in backward.
     """
@@ -54,6 +55,8 @@ class Field:
     device: torch.device
     passed: Leaves = ()
     captured: Leaves = ()
+    aligned: int = 0
+    row_wise: bool = False
     substitutes: dict[int, Tensor] = field(default_factory=dict)
     precision: AbstractContextManager[Any] = field(default_factory=nullcontext)
 
@@ -62,15 +65,22 @@ class Field:
         """Every named tensor, in the order that `bind` takes them."""
         return self.passed + self.captured
 
-    def __call__(self, t: float, y: Leaves) -> Evaluation:
+    def __call__(self, t: Any, y: Leaves) -> Evaluation:
         value = self.value(self.clock(t), y)
         if self.rates is None:
             return Evaluation(self.state.leaves(value, "dy/dt"), ())
         slope, rates = value
         return Evaluation(self.state.leaves(slope, "dy/dt"), self.rates.leaves(rates, "the rates"))
 
-    def clock(self, t: float) -> Tensor:
-        """The time as the user's field gets it, a 0-d tensor."""
+    def take(self, rows: Tensor) -> Field:
+        """The same field for some rows of the batch."""
+        aligned = tuple(tensor.index_select(0, rows) for tensor in self.passed[: self.aligned])
+        return replace(self, passed=(*aligned, *self.passed[self.aligned :]))
+
+    def clock(self, t: Any) -> Tensor:
+        """The time as the user's field gets it, 0-d; (rows,) where every row has its own."""
+        if isinstance(t, Tensor):
+            return t.to(self.device, self.dtype)
         return torch.full((), t, dtype=self.dtype, device=self.device)
 
     def value(self, time: Tensor, y: Leaves) -> Any:
@@ -103,6 +113,11 @@ class Field:
 
 def _alias(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def is_row_wise(call: UserField) -> bool:
+    """Whether a field says, by `row_wise = True`, that no row's value depends on another row."""
+    return getattr(call, "row_wise", False) is True
 
 
 def precision_of(device: torch.device) -> AbstractContextManager[Any]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from cnf.error import InputError
 from cnf.ode.field import Evaluation
 from cnf.ode.state import Leaves, combine, weighted_sum
 from cnf.ode.tableau import TABLEAUS, Tableau
 
-Evaluate = Callable[[float, Leaves], Evaluation]
+Evaluate = Callable[[Any, Leaves], Evaluation]  # time: a float, or (rows,) where rows have theirs
 
 
 class Step(NamedTuple):
@@ -69,11 +70,7 @@ class ExplicitRungeKutta:
         self, field: Evaluate, t: float, h: float, y: Leaves, first: Evaluation, estimate: bool
     ) -> Step:
         tableau = self.tableau
-        stages = [first]
-        at = y
-        for i in range(1, tableau.stages if estimate else tableau.used_stages):
-            at = _state(y, stages, tableau.a[i], h)
-            stages.append(field(t + tableau.c[i] * h, at))
+        stages, at = self._stages(field, t, h, y, first, estimate)
         lands = estimate and tableau.fsal
         y1 = at if lands else _state(y, stages, tableau.b, h)
         increment = _integral(stages, tableau.b, h)
@@ -84,6 +81,63 @@ class ExplicitRungeKutta:
             error = _error(stages, tableau.error, h)
             increment_error = _integral(stages, tableau.error, h)
         return Step(y1, increment, stages[-1] if lands else None, error, increment_error)
+
+    def stages(
+        self, field: Evaluate, t: float, h: float, y: Leaves, first: Evaluation
+    ) -> list[Evaluation]:
+        """The field at every stage of the step."""
+        return self._stages(field, t, h, y, first, True)[0]
+
+    def _stages(
+        self, field: Evaluate, t: float, h: float, y: Leaves, first: Evaluation, every: bool
+    ) -> tuple[list[Evaluation], Leaves]:
+        """The stages, those for the error alone if `every` is asked for; the last one's state."""
+        tableau = self.tableau
+        stages, at = [first], y
+        for i in range(1, tableau.stages if every else tableau.used_stages):
+            at = _state(y, stages, tableau.a[i], h)
+            stages.append(field(t + tableau.c[i] * h, at))
+        return stages, at
+
+
+def take_step(
+    method: Method, field: Evaluate, t: Any, h: Any, y: Leaves, first: Evaluation, estimate: bool
+) -> Step:
+    """The step from (t, y) by h; of each row by its own h, where t and h have shape (rows,)."""
+    if not isinstance(h, Tensor):
+        return method.step(field, t, h, y, first, estimate)
+    pace = OwnPace(field, t, h)
+    step = method.step(pace, 0.0, 1.0, y, pace.scaled(first), estimate)
+    return step if step.last is None else step._replace(last=pace.unscaled(step.last))
+
+
+class OwnPace:
+    """h·f(t + s·h, y) over s from 0 to 1, with t and h of each row's own, float64 of shape (rows,).
+
+    A step of this field of length 1 is a step of every row of f by the row's own length: so there
+    is one step function for both.
+    """
+
+    def __init__(self, field: Evaluate, t: Tensor, h: Tensor) -> None:
+        self._field, self._t, self._h = field, t, h
+        self._known: list[tuple[Evaluation, Evaluation]] = []
+
+    def __call__(self, s: float, y: Leaves) -> Evaluation:
+        return self.scaled(self._field(torch.add(self._t, self._h, alpha=s), y))
+
+    def scaled(self, value: Evaluation) -> Evaluation:
+        """h times the field's value."""
+        scaled = Evaluation(*(tuple(leaf * self._lengths(leaf) for leaf in part) for part in value))
+        self._known.append((scaled, value))
+        return scaled
+
+    def unscaled(self, scaled: Evaluation) -> Evaluation | None:
+        """The field's value that `scaled` came from."""
+        return next((value for made, value in self._known if made is scaled), None)
+
+    def _lengths(self, leaf: Tensor) -> Tensor:
+        real = leaf.real.dtype if leaf.dtype.is_complex else leaf.dtype
+        return self._h.to(real).reshape(-1, *[1] * (leaf.ndim - 1))
 
 
 def choose_method(method: str | Tableau | Method) -> Method:

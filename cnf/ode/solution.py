@@ -8,16 +8,19 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cnf.error import InputError, IntegrationError
 from cnf.ode.control import Adaptive, Control, FixedStep
+from cnf.ode.event import Event, Watch, as_events
 from cnf.ode.field import (
     Evaluation,
     Field,
     UserField,
     find_captured,
+    is_row_wise,
     name_tensors,
     precision_of,
 )
@@ -27,8 +30,10 @@ from cnf.ode.gradient.checkpoint import Checkpoint
 from cnf.ode.gradient.problem import Gradient, Solved, stacked
 from cnf.ode.integrate import Problem, Stats, integrate
 from cnf.ode.method import Method, choose_method
+from cnf.ode.outcome import Crossing, Dense, Requested, at_requested_times, events_met
 from cnf.ode.state import Leaves, Structure
 from cnf.ode.tableau import Tableau
+from cnf.ode.trajectory import on_device
 
 GRADIENTS: dict[str, Gradient] = {
     "backprop": Backprop(),
@@ -41,15 +46,33 @@ GRADIENTS: dict[str, Gradient] = {
 class Solution:
     """The solution of an ODE at the requested times.
 
-    t: (times,); y: (times, *y0.shape), in a tuple or dict where y0 was one; integral: with
-    quadrature=True the rates' integrals from t[0] to each t, (times, *rates.shape) in float64,
-    else None; stats: what it cost.
+    t: (times,), or (times, batch) where rows have times of their own; y: (times, *y0.shape), in a
+    tuple or dict where y0 was one; integral: with quadrature=True the rates' integrals from t[0] to
+    each t, (times, *rates.shape) in float64, else None; stats: what it cost.
+    event_time, event_index: with event=, when a terminal event ended the solve (NaN for none) and
+    which one (−1), 0-d or (batch,); y and integral stay at the event from there on.  crossings: all
+    events that happened, in order, where all rows share their steps.
+    dense: with dense=True the solution between the times, which calling the solution evaluates.
     """
 
     t: Tensor
     y: Any
     integral: Any
     stats: Stats
+    event_time: Tensor | None = None
+    event_index: Tensor | None = None
+    crossings: tuple[Crossing, ...] = ()
+    dense: Dense | None = None
+
+    def __call__(self, t: Any) -> Any:
+        """The state at any time t inside the interval: (*t.shape, *y0.shape), differentiable.
+
+        t: a number or tensor; where every row has its own steps also (batch,) or (times, batch), a
+        time for each row.  Raises InputError outside the interval, or without dense=True.
+        """
+        if self.dense is None:
+            raise InputError("the solution is known at t alone; solve with dense=True")
+        return self.dense(t)
 
 
 def solve(
@@ -66,23 +89,29 @@ def solve(
     params: Sequence[Tensor] | None = None,
     rows: Sequence[Tensor] = (),
     quadrature: bool = False,
+    event: Event | Sequence[Event] | None = None,
+    dense: bool = False,
     max_steps: int = 100_000,
 ) -> Solution:
     """The solution of dy/dt = field(t, y) with y(t[0]) = y0, at every time of t.
 
-    field: f(t, y, *rows, *params) → dy/dt of y's structure, t a 0-d tensor; with quadrature=True it
-    returns (dy/dt, rates), and the rates' integrals come back beside the solution.
+    field: f(t, y, *rows, *params) → dy/dt of y's structure, t a 0-d tensor, or of shape (batch,)
+    where every row has its own steps; with quadrature=True it returns (dy/dt, rates), and the
+    rates' integrals come back beside the solution.
     y0: tensor, or tuple or dict of tensors, floating or complex; t: two or more strictly monotone
-    times, in either direction.
+    times, in either direction; (times, batch) where rows have times of their own; the last may be
+    infinite where a terminal event is to end the solve.
     method: "euler", "midpoint", "heun2", "heun3", "rk4", "rk4_38" (fixed steps only),
     "adaptive_heun", "fehlberg2", "bosh3", "dopri5", "tsit5", "dopri8" (both) or a Tableau.
     rtol (1e-5), atol (1e-6): tolerances of adaptive steps; step_size: fixed steps with any method;
-    control: FixedStep or Adaptive, instead of these three.
+    control: FixedStep or Adaptive, instead of these three; Adaptive(per_sample=True) gives every
+    row of the batch a time, step and error of its own.
     gradient: "checkpoint" (exact, one state a step), "backprop" (exact, the whole graph) or
     "adjoint" (the continuous adjoint, memory independent of the number of steps).
     params: tensors that the field takes as its last arguments, or that it captures and that are
     computed (captured leaves are found); rows: tensors aligned with the batch, taken before them.
-    max_steps: steps tried in the whole solve.
+    event: Event(g), or several: where g(t, y) turns zero; dense: keep what is needed to evaluate
+    the solution anywhere; max_steps: steps tried in the whole solve, by each row.
     Gradients reach y0, t, rows, params and the field's leaves.  Raises InputError for what cannot
     be solved as asked, IntegrationError where the solution cannot be continued.
 
@@ -92,20 +121,23 @@ def solve(
     """
     state = Structure(y0)
     y = _checked_state(state.leaves(y0))
-    times = _checked_times(t)
+    events = as_events(event)
     chosen = choose_method(method)
     steps = _choose_control(chosen, rtol, atol, step_size, control)
+    times = _checked_times(t, y, steps, any(event.terminal for event in events))
     how = _choose_gradient(gradient)
     _check_budget(times, steps, max_steps)
     passed, captured = name_tensors(field, rows, params)
     real = y[0].real.dtype if y[0].dtype.is_complex else y[0].dtype
-    device = y[0].device
     inner = Field(
-        field, state, None, real, device, passed, captured, precision=precision_of(device)
-    )
+        field, state, None, real, y[0].device, passed, captured, aligned=len(rows),
+        row_wise=is_row_wise(field), precision=precision_of(y[0].device),
+    )  # fmt: skip
     stats = Stats()
-    inner, first = _first_look(inner, times[0], y, quadrature, how, stats)
-    problem = Problem(inner, times, chosen, steps, max_steps)
+    inner, first = _first_look(inner, times, y, quadrature, how, steps.per_sample, stats)
+    watch = Watch(events, state, inner.clock, steps.per_sample) if events else None
+    _check_events(events, steps)
+    problem = Problem(inner, times, chosen, steps, max_steps, real, watch, dense)
     clock = t if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled() else None
     if clock is not None:
         y = _depend_on_start(y, first.slope, clock)
@@ -114,11 +146,7 @@ def solve(
     except IntegrationError as error:
         error.partial = _partial(state, error.partial)
         raise
-    if clock is not None:
-        solved = _depend_on_times(solved, problem, first, clock, stats)
-    t = t if isinstance(t, Tensor) else torch.tensor(times, dtype=real, device=device)
-    integral = inner.rates.build(solved.integrals) if inner.rates is not None else None
-    return Solution(t, state.build(solved.states), integral, stats)
+    return _result(problem, solved, first, t, clock, stats)
 
 
 def check_settings(
@@ -136,21 +164,60 @@ def _solve(
     if wanted or (isinstance(how, Backprop) and torch.is_grad_enabled()):
         return how.solve(problem, field, y, first, stats)
     with torch.no_grad():
-        return stacked(integrate(problem, y, stats, first=first))
+        keep = problem.dense and problem.per_sample
+        return stacked(integrate(problem, y, stats, first=first, keep=keep), problem)
+
+
+def _result(
+    problem: Problem,
+    solved: Solved,
+    first: Evaluation,
+    t: Tensor | Sequence[float],
+    clock: Tensor | None,
+    stats: Stats,
+) -> Solution:
+    """What the user gets of what was solved."""
+    field: Any = problem.field
+    requested = at_requested_times(problem, solved)
+    if clock is not None:
+        requested = _depend_on_times(requested, problem, first, clock, stats)
+    met = None
+    if problem.watch:
+        met = events_met(problem, solved)
+        requested = requested.after(met)
+    if not isinstance(t, Tensor):
+        t = torch.tensor([float(moment) for moment in t], dtype=field.dtype, device=field.device)
+    return Solution(
+        t,
+        field.state.build(requested.states),
+        field.rates.build(requested.integrals) if field.rates is not None else None,
+        stats,
+        None if met is None else met.time,
+        None if met is None else met.event,
+        () if met is None else met.crossings,
+        Dense(problem, solved) if problem.dense else None,
+    )
 
 
 def _first_look(
-    field: Field, t: float, y: Leaves, quadrature: bool, how: Gradient, stats: Stats
+    field: Field,
+    times: Any,
+    y: Leaves,
+    quadrature: bool,
+    how: Gradient,
+    per_sample: bool,
+    stats: Stats,
 ) -> tuple[Field, Evaluation]:
     """The field with its rates' structure and captured leaves, and its value at the start.
 
     The value is the solve's first stage; what the field returns is checked here, and trusted after.
     """
     start = tuple(leaf.detach() for leaf in y)
-    stats.nfe += 1
+    stats.calls += 1
     searched = torch.is_grad_enabled() and not isinstance(how, Backprop)
     aliases = field.aliases() if searched else field.tensors
-    bound, time = field.bind(aliases), field.clock(t)
+    bound = field.bind(aliases)
+    time = field.clock(on_device(times[0], y) if per_sample else times[0])
     seen: list[Structure] = []
 
     def evaluate() -> Evaluation:
@@ -164,14 +231,25 @@ def _first_look(
     else:
         first, found = evaluate(), ()
     first = Evaluation(*(tuple(leaf.detach() for leaf in part) for part in first))
+    if per_sample:
+        _check_rates(first.rates, len(start[0]))
     rates = seen[0] if seen else None
     return replace(field, rates=rates, captured=field.captured + found), first
+
+
+def _check_rates(rates: Leaves, batch: int) -> None:
+    for rate in rates:
+        if rate.ndim < 1 or len(rate) != batch:
+            raise InputError(
+                f"with per_sample=True every rate needs one entry a row, shape ({batch}, …), got "
+                f"{tuple(rate.shape)}"
+            )
 
 
 def _checked_value(
     field: Field, time: Tensor, y: Leaves, quadrature: bool
 ) -> tuple[Evaluation, Structure | None]:
-    value = field.value(time, y)
+    value = _first_value(field, time, y)
     rates: Leaves = ()
     structure = None
     if quadrature:
@@ -188,15 +266,32 @@ def _checked_value(
         part = f"part {i} of dy/dt" if len(y) > 1 else "dy/dt"
         if dy.shape != leaf.shape:
             raise InputError(
-                f"the field returned {part} of shape {tuple(dy.shape)} at t={time:g}, expected "
+                f"the field returned {part} of shape {tuple(dy.shape)} at {_at(time)}, expected "
                 f"y's shape {tuple(leaf.shape)}"
             )
         if dy.dtype != leaf.dtype or dy.device != leaf.device:
             raise InputError(
-                f"the field returned {part} as {dy.dtype} on {dy.device} at t={time:g}, but y is "
+                f"the field returned {part} as {dy.dtype} on {dy.device} at {_at(time)}, but y is "
                 f"{leaf.dtype} on {leaf.device}; convert one of them"
             )
     return Evaluation(slope, rates), structure
+
+
+def _first_value(field: Field, time: Tensor, y: Leaves) -> Any:
+    """The user's value; raises InputError where it fails for times of shape (batch,)."""
+    if time.ndim == 0:
+        return field.value(time, y)
+    try:
+        return field.value(time, y)
+    except RuntimeError as error:
+        raise InputError(
+            f"the field fails for times of shape ({len(time)},), one for each row, which "
+            f"per_sample=True needs ({error}); reshape t in the field, t.reshape(-1, 1)"
+        ) from error
+
+
+def _at(time: Tensor) -> str:
+    return f"t={time:g}" if time.ndim == 0 else f"t of shape {tuple(time.shape)}"
 
 
 def _checked_state(leaves: Leaves) -> Leaves:
@@ -208,7 +303,10 @@ def _checked_state(leaves: Leaves) -> Leaves:
     return leaves
 
 
-def _checked_times(t: Tensor | Sequence[float]) -> tuple[float, ...]:
+def _checked_times(t: Tensor | Sequence[float], y: Leaves, control: Control, endless: bool) -> Any:
+    """Host times: a tuple, or (times, batch) in float64 where every row has its own steps."""
+    if isinstance(t, Tensor) and t.ndim == 2:
+        return _times_of_rows(t, y, control)
     if isinstance(t, Tensor):
         if t.ndim != 1:
             raise InputError(f"t must have one dimension, (times,), got shape {tuple(t.shape)}")
@@ -222,18 +320,58 @@ def _checked_times(t: Tensor | Sequence[float]) -> tuple[float, ...]:
             times = tuple(float(moment) for moment in t)
         except (TypeError, ValueError):
             raise InputError(f"t must be a tensor or a sequence of times, got {t!r}") from None
+    _check_monotone(times, endless)
+    if not control.per_sample:
+        return times
+    _batch_of(y)
+    return np.array(times)[:, None] * np.ones((1, len(y[0])))
+
+
+def _times_of_rows(t: Tensor, y: Leaves, control: Control) -> np.ndarray:
+    if not control.per_sample:
+        raise InputError(
+            f"t of shape {tuple(t.shape)} gives every row its own times, which needs steps of its "
+            "own: control=Adaptive(..., per_sample=True) or FixedStep(..., per_sample=True)"
+        )
+    batch = _batch_of(y)
+    if t.is_complex() or t.shape[1] != batch:
+        raise InputError(f"t must be real and of shape (times, {batch}), got {tuple(t.shape)}")
+    times = t.detach().double().cpu().numpy()
+    for row in range(batch):
+        _check_monotone(tuple(times[:, row].tolist()), False, f" for row {row}")
+    return times
+
+
+def _batch_of(y: Leaves) -> int:
+    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in y}
+    if len(sizes) != 1 or None in sizes:
+        raise InputError(
+            "per_sample=True needs y0 with a first dimension of rows, the same in all its parts, "
+            f"got shapes {', '.join(str(tuple(leaf.shape)) for leaf in y)}"
+        )
+    return len(y[0])
+
+
+def _check_monotone(times: tuple[float, ...], endless: bool, whose: str = "") -> None:
     if len(times) < 2:
         raise InputError(f"t must hold a start and at least one end, got {len(times)} times")
-    if not all(math.isfinite(moment) for moment in times):
-        raise InputError(f"t must be finite, got {times}")
+    known = times[:-1] if endless and not math.isnan(times[-1]) else times
+    if not all(math.isfinite(moment) for moment in known):
+        raise InputError(f"t must be finite{whose}, got {times}")
     rising = [later - earlier for earlier, later in pairwise(times)]
     for i, difference in enumerate(rising):
         if difference == 0 or (difference > 0) != (rising[0] > 0):
             raise InputError(
-                f"t must be strictly increasing or strictly decreasing, but t[{i}]={times[i]:g} is "
-                f"followed by t[{i + 1}]={times[i + 1]:g}"
+                f"t must be strictly increasing or strictly decreasing{whose}, but "
+                f"t[{i}]={times[i]:g} is followed by t[{i + 1}]={times[i + 1]:g}"
             )
-    return times
+
+
+def _check_events(events: tuple[Event, ...], control: Control) -> None:
+    if control.per_sample and not all(event.terminal for event in events):
+        raise InputError(
+            "events with terminal=False need steps that all rows share: leave out per_sample=True"
+        )
 
 
 def _choose_control(
@@ -279,55 +417,67 @@ def _choose_gradient(gradient: str | Gradient) -> Gradient:
     return gradient
 
 
-def _check_budget(times: tuple[float, ...], control: Control, max_steps: int) -> None:
+def _check_budget(times: Any, control: Control, max_steps: int) -> None:
     if max_steps < 1:
         raise InputError(f"max_steps must be at least 1, got {max_steps!r}")
-    if isinstance(control, FixedStep):
-        needed = sum(control.count(abs(later - earlier)) for earlier, later in pairwise(times))
-        if needed > max_steps:
-            raise InputError(
-                f"step_size={control.step_size:g} needs {needed} steps from t={times[0]:g} to "
-                f"t={times[-1]:g}, more than max_steps={max_steps}; raise one of them"
-            )
+    if not isinstance(control, FixedStep):
+        return
+    lengths = np.abs(np.diff(np.asarray(times), axis=0))
+    finite = np.where(np.isfinite(lengths), lengths, 0.0)  # an event ends what has no end
+    needed = np.max(sum(map(control.count, finite)), initial=0)
+    if needed > max_steps:
+        start, end = np.ravel(times[0])[0], np.ravel(times[-1])[0]
+        raise InputError(
+            f"step_size={control.step_size:g} needs {int(needed)} steps from t={start:g} to "
+            f"t={end:g}, more than max_steps={max_steps}; raise one of them"
+        )
 
 
 def _depend_on_start(y: Leaves, slope: Leaves, t: Tensor) -> Leaves:
     """y with its dependence on the start: dL/dt0 = −⟨λ0, f(t0, y0)⟩."""
     shift = t[0] - t[0].detach()
-    return tuple(
-        leaf - k * shift.to(leaf.device, leaf.dtype) for leaf, k in zip(y, slope, strict=True)
-    )
+    return tuple(leaf - k * _against(shift, k) for leaf, k in zip(y, slope, strict=True))
 
 
 def _depend_on_times(
-    solved: Solved, problem: Problem, first: Evaluation, t: Tensor, stats: Stats
-) -> Solved:
+    requested: Requested, problem: Problem, first: Evaluation, t: Tensor, stats: Stats
+) -> Requested:
     """The solution with its dependence on the output times: dL/dt_i = ⟨λ_i, f(t_i, y_i)⟩."""
     slopes, rates = [first.slope], [first.rates]
+    finite = np.where(np.isfinite(problem.times), problem.times, 0.0)  # an event comes before it
     with torch.no_grad():
-        for i, moment in enumerate(problem.times[1:], start=1):
-            stats.nfe += 1
-            value = problem.field(moment, tuple(leaf[i].detach() for leaf in solved.states))
+        for i, moment in enumerate(finite[1:], start=1):
+            stats.calls += 1
+            stats.nfe = stats.nfe + 1
+            y = tuple(leaf[i].detach() for leaf in requested.states)
+            value = problem.field(on_device(moment, y) if problem.per_sample else float(moment), y)
             slopes.append(value.slope)
             rates.append(value.rates)
     shift = t - t.detach()
-    return Solved(
+    shift = torch.where(torch.isfinite(shift), shift, torch.zeros_like(shift))
+    return Requested(
         tuple(
             _along(leaf, ks, shift)
-            for leaf, ks in zip(solved.states, zip(*slopes, strict=True), strict=True)
+            for leaf, ks in zip(requested.states, zip(*slopes, strict=True), strict=True)
         ),
         tuple(
             _along(leaf, ks, shift)
             - _along(torch.zeros_like(leaf), [ks[0]] * len(ks), shift[:1].expand_as(shift))
-            for leaf, ks in zip(solved.integrals, zip(*rates, strict=True), strict=True)
+            for leaf, ks in zip(requested.integrals, zip(*rates, strict=True), strict=True)
         ),
+        requested.reached,
     )
 
 
 def _along(leaf: Tensor, slopes: Sequence[Tensor], shift: Tensor) -> Tensor:
     """leaf + slope_i · shift_i along the first axis."""
-    shaped = shift.to(leaf.device, leaf.dtype).reshape(-1, *[1] * (leaf.ndim - 1))
-    return leaf + torch.stack(list(slopes)).to(leaf.dtype) * shaped
+    return leaf + torch.stack(list(slopes)).to(leaf.dtype) * _against(shift, leaf)
+
+
+def _against(shift: Tensor, leaf: Tensor) -> Tensor:
+    """Shifts of time, shaped to multiply a leaf whose first axes they are."""
+    shift = shift.to(leaf.device, leaf.dtype)
+    return shift.reshape(*shift.shape, *[1] * (leaf.ndim - shift.ndim))
 
 
 def _partial(state: Structure, reached: list[Leaves] | None) -> Any:

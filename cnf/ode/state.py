@@ -66,9 +66,15 @@ def rms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x) / max(x.numel(), 1) ** 0.5
 
 
+def row_rms(x: Tensor) -> Tensor:
+    """Root mean square of each row's entries, real, of shape (rows,)."""
+    flat = x.reshape(x.shape[0], -1)
+    return torch.linalg.vector_norm(flat, dim=1) / max(flat.shape[1], 1) ** 0.5
+
+
 def largest(values: Sequence[Tensor]) -> Tensor:
-    """The largest of some 0-d tensors; NaN where one of them is."""
-    return values[0] if len(values) == 1 else torch.stack([v.double() for v in values]).amax()
+    """The largest of some tensors of one shape, entry by entry; NaN where one of them is."""
+    return values[0] if len(values) == 1 else torch.stack([v.double() for v in values]).amax(0)
 
 
 def is_finite(leaves: Leaves) -> bool:

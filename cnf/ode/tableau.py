@@ -26,6 +26,8 @@ class Tableau:
     name: what errors and statistics call it; order: of y1; c: nodes, one for each stage;
     a: rows of stage weights, row i holds a_i1 … a_i,i−1 (the first row is empty);
     b: weights of y1; error: weights of y1 minus the embedded solution, or None where there is none.
+    dense: a row for each stage, b_i(θ) = Σ_k dense_ik θ^k with k = 1, 2, …: inside the step the
+    solution is y + h Σ b_i(θ) k_i; or None where it has no such weights.
     Raises InputError where the coefficients are no finite numbers or do not fit together: shapes,
     Σ a_i = c_i, Σ b = 1, Σ error = 0 and error not 0 throughout. The order is taken at its word.
     """
@@ -36,6 +38,7 @@ class Tableau:
     a: tuple[Row, ...]
     b: Row
     error: Row | None = None
+    dense: tuple[Row, ...] | None = None
 
     def __post_init__(self) -> None:
         order = whole_number(f"tableau {self.name!r}: order", self.order, 1)
@@ -46,6 +49,8 @@ class Tableau:
             object.__setattr__(self, "b", _row(self.b))
             if self.error is not None:
                 object.__setattr__(self, "error", _row(self.error))
+            if self.dense is not None:
+                object.__setattr__(self, "dense", tuple(_row(row) for row in self.dense))
         except (TypeError, ValueError) as wrong:
             raise InputError(
                 f"tableau {self.name!r}: c, b and error are rows of numbers and a is a row of "
@@ -112,6 +117,23 @@ def _check(tableau: Tableau) -> None:
             f"tableau {name!r}: error is 0 throughout, so every step would pass for exact; "
             "give b minus the embedded method's weights, or None"
         )
+    if tableau.dense is not None:
+        _check_dense(tableau)
+
+
+def _check_dense(tableau: Tableau) -> None:
+    assert tableau.dense is not None
+    ends = [fsum(row) for row in tableau.dense]
+    if len({len(row) for row in tableau.dense}) > 1 or len(ends) != tableau.stages:
+        raise InputError(
+            f"tableau {tableau.name!r}: dense needs a row of equal length for each of the "
+            f"{tableau.stages} stages"
+        )
+    if any(abs(end - b) > 1e-10 for end, b in zip(ends, tableau.b, strict=True)):
+        raise InputError(
+            f"tableau {tableau.name!r}: the rows of dense sum to {ends}, expected b: at θ = 1 the "
+            "interpolation must meet the step's end"
+        )
 
 
 def _difference(b: Sequence[float], embedded: Sequence[float]) -> Row:
@@ -128,6 +150,48 @@ _TSIT5 = (
     1.379008574103742,
     -3.290069515436081,
     2.324710524099774,
+)
+# Shampine 1986, the fourth-order interpolation of Dormand and Prince's pair
+_DOPRI5_DENSE = (
+    (1, -8048581381 / 2820520608, 8663915743 / 2820520608, -12715105075 / 11282082432),
+    (0, 0, 0, 0),
+    (0, 131558114200 / 32700410799, -68118460800 / 10900136933, 87487479700 / 32700410799),
+    (0, -1754552775 / 470086768, 14199869525 / 1410260304, -10690763975 / 1880347072),
+    (0, 127303824393 / 49829197408, -318862633887 / 49829197408, 701980252875 / 199316789632),
+    (0, -282668133 / 205662961, 2019193451 / 616988883, -1453857185 / 822651844),
+    (0, 40617522 / 29380423, -110615467 / 29380423, 69997945 / 29380423),
+)
+
+
+def _expanded(scale: float, *factors: Row) -> Row:
+    """The coefficients of θ, θ², … of a product of polynomials, each from its constant term up."""
+    product = [scale]
+    for factor in factors:
+        total = [0.0] * (len(product) + len(factor) - 1)
+        for i, p in enumerate(product):
+            for j, q in enumerate(factor):
+                total[i + j] += p * q
+        product = total
+    return tuple(product[1:])
+
+
+_SQUARE = (0.0, 0.0, 1.0)
+# Tsitouras 2011, section 4
+_TSIT5_DENSE = (
+    _expanded(
+        -1.0530884977290216,
+        (0, 1),
+        (-1.3299890189751412, 1),
+        (0.7139816917074209, -1.4364028541716351, 1),
+    ),
+    _expanded(0.1017, _SQUARE, (1.2949852507374631, -2.1966568338249754, 1)),
+    _expanded(2.490627285651252793, _SQUARE, (1.57803468208092486, -2.38535645472061657, 1)),
+    _expanded(-16.54810288924490272, _SQUARE, (-1.21712927295533244, 1), (-0.61620406037800089, 1)),
+    _expanded(
+        47.37952196281928122, _SQUARE, (-1.203071208372362603, 1), (-0.658047292653547382, 1)
+    ),
+    _expanded(-34.87065786149660974, _SQUARE, (-1.2, 1), (-0.666666666666666667, 1)),
+    _expanded(2.5, _SQUARE, (-1, 1), (-0.6, 1)),
 )
 _DOPRI8 = (
     *(14005451 / 335480064, 0, 0, 0, 0),
@@ -221,6 +285,7 @@ TABLEAUS: dict[str, Tableau] = {
                 (*_DOPRI5, 0),
                 (5179 / 57600, 0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100, 1 / 40),
             ),
+            dense=_DOPRI5_DENSE,
         ),
         Tableau(
             "tsit5",
@@ -251,6 +316,7 @@ TABLEAUS: dict[str, Tableau] = {
                 -0.45808210592918697,
                 0.015151515151515152,
             ),
+            dense=_TSIT5_DENSE,
         ),
         Tableau(
             "dopri8",

@@ -403,7 +403,7 @@ REFUSED = {
     "no time": (dict(t=[]), "at least one end"),
     "a number for times": (dict(t=1.0), "sequence of times"),
     "None for times": (dict(t=None), "sequence of times"),
-    "times in two dimensions": (dict(t=torch.zeros(2, 2)), r"got shape \(2, 2\)"),
+    "times in two dimensions": (dict(t=torch.zeros(2, 2)), "gives every row its own times"),
     "a time without dimension": (dict(t=torch.tensor(1.0)), "one dimension"),
     "times that repeat": (dict(t=[0.0, 1.0, 1.0]), r"t\[1\]=1 is followed by t\[2\]=1"),
     "times that turn": (dict(t=torch.tensor([0.0, 1.0, 0.5])), "strictly increasing"),

@@ -3,117 +3,255 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cnf.error import InputError
+from cnf.ode.control import Adaptive
 from cnf.ode.field import Evaluation, Field
-from cnf.ode.gradient.problem import Solved, add_gradients, solved_by, stacked, vjp
+from cnf.ode.gradient.backprop import put, take
+from cnf.ode.gradient.problem import Job, Solved, add_gradients, solved_by, stacked, vjp
 from cnf.ode.integrate import Accepted, Problem, Stats, integrate
+from cnf.ode.method import ExplicitRungeKutta
 from cnf.ode.state import Leaves
+from cnf.ode.trajectory import Path
+
+KEEP = ("stages", "steps", "sqrt")
+Bars = Sequence[Tensor]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Gradients of the computed solution, exact, from one state for each accepted step.
+    """Gradients of the computed solution, exact, from the states in which accepted steps begin.
 
-    Backward repeats each step with its graph: memory is steps times the state, plus one step's
-    graph; work is that of backpropagation plus one more evaluation for each stage.
+    keep: "steps", one state for each step: backward repeats the step with its graph; "stages", the
+    states of the stages too (explicit methods): backward holds the graph of one evaluation at a
+    time; "sqrt", a state for each of about √steps segments: backward repeats a segment before it
+    goes through it.
+    memory: instead, the most that may be kept, in bytes or as "256MB": all steps while they fit,
+    else as many as do.
+    Work is that of backpropagation plus one more evaluation for each stage, two for "sqrt".
     Source: discrete adjoint of the recorded steps, e.g. Zhuang et al. 2020 (ACA), section 3.
     """
+
+    keep: str = "steps"
+    memory: int | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.keep not in KEEP:
+            raise InputError(f"keep must be one of {', '.join(KEEP)}, got {self.keep!r}")
+        if self.memory is not None:
+            if self.keep != "steps":
+                raise InputError("memory= chooses what to keep: give it or keep=, not both")
+            as_bytes(self.memory)  # now, not at the first solve
 
     def solve(
         self, problem: Problem, field: Field, y: Leaves, first: Evaluation, stats: Stats
     ) -> Solved:
-        return solved_by(_Replayed, problem, field, y, first, stats)
+        if problem.per_sample and (self.keep != "steps" or self.memory is not None):
+            raise InputError(
+                "where every row has its own steps Checkpoint keeps them all: with per_sample=True "
+                "use Checkpoint()"
+            )
+        if self.keep == "stages" and not isinstance(problem.method, ExplicitRungeKutta):
+            raise InputError(
+                f"keep='stages' needs an explicit Runge–Kutta method, and {problem.method.name} is "
+                "none; use keep='steps'"
+            )
+        return solved_by(_Replayed, self, problem, field, y, first, stats)
+
+    def record(self, problem: Problem, y: Leaves) -> Record:
+        """An empty record that keeps what the settings say."""
+        if self.keep == "stages":
+            return Stages(problem)
+        if self.keep == "sqrt":
+            return Record(None)
+        if self.memory is None:
+            return Record(0)
+        size = max(sum(leaf.numel() * leaf.element_size() for leaf in y), 1)
+        return Record(max(as_bytes(self.memory) // size, 2))
+
+
+class Record(list[Accepted]):
+    """The accepted steps, of which only some keep their state: every stride-th.
+
+    most: how many states may be kept; 0 for all; None for about the square root of the steps.
+    """
+
+    def __init__(self, most: int | None) -> None:
+        super().__init__()
+        self.most, self.stride = most, 1
+
+    def append(self, step: Accepted) -> None:
+        super().append(step if len(self) % self.stride == 0 else step._replace(y=()))
+        kept = -(-len(self) // self.stride)
+        if self.most != 0 and kept > (2 * self.stride if self.most is None else self.most):
+            self.stride *= 2
+            for i in range(self.stride // 2, len(self), self.stride):
+                self[i] = self[i]._replace(y=())
+
+
+class Stages(Record):
+    """The accepted steps, each with the states of its stages one after the other."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(0)
+        assert isinstance(problem.method, ExplicitRungeKutta)
+        tableau, self._field = problem.method.tableau, problem.field
+        used = tableau.used_stages
+        self._calls = (tableau.stages if isinstance(problem.control, Adaptive) else used) - 1
+        self._used, self._points = used, list[Leaves]()
+
+    def __call__(self, t: Any, y: Leaves) -> Evaluation:
+        """The problem's field, whose arguments are noted until the step is accepted."""
+        self._points.append(y)
+        return self._field(t, y)
+
+    def append(self, step: Accepted) -> None:
+        stages = self._points[len(self._points) - self._calls :][: self._used - 1]
+        super().append(step._replace(y=tuple(leaf for y in (step.y, *stages) for leaf in y)))
+        self._points.clear()
+
+
+def as_bytes(memory: int | str) -> int:
+    """A number of bytes, from itself or from "256MB", "2 GB", "64kB" and their like."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+    text = str(memory).strip().upper()
+    number = text.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+    try:
+        found = int(float(number) * units[text[len(number) :].strip()])
+    except (KeyError, ValueError, OverflowError):
+        found = 0
+    if isinstance(memory, bool) or found < 1:
+        raise InputError(f"memory must be a number of bytes or such as '256MB', got {memory!r}")
+    return found
 
 
 class _Replayed(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        problem: Problem,
-        field: Field,
-        first: Evaluation,
-        stats: Stats,
-        width: int,
-        *tensors: Tensor,
-    ) -> Leaves:
-        trajectory = integrate(problem, tensors[:width], stats, first=first, keep=True)
-        ctx.problem, ctx.field, ctx.stats, ctx.width = problem, field, stats, width
-        ctx.steps = [(accepted.t, accepted.h) for accepted in trajectory.record]
-        ctx.marks = trajectory.marks
+    def forward(ctx: Any, job: Job, *tensors: Tensor) -> Leaves:
+        problem, width = job.problem, job.width
+        y = tensors[:width]
+        record = job.settings.record(problem, y)
+        noted = replace(problem, field=record) if isinstance(record, Stages) else problem
+        trajectory = integrate(noted, y, job.stats, first=job.first, keep=record)
+        job.path.append(trajectory.path)
+        ctx.job = job
+        ctx.kept = [len(one.y) for one in trajectory.record]
         ctx.needs = tuple(tensor.requires_grad for tensor in tensors)
-        states = (leaf for accepted in trajectory.record for leaf in accepted.y)
+        states = (leaf for one in trajectory.record for leaf in one.y)
         # the tensors too, so that torch notices one that is changed in place before backward
         ctx.save_for_backward(*states, *tensors[width:])
-        solved = stacked(trajectory)
-        return (*solved.states, *solved.integrals)
+        solved = stacked(trajectory, problem)
+        return (*solved.states, *solved.integrals, *solved.starts)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *cotangents: Tensor
     ) -> tuple[Any, ...]:
-        width, saved = ctx.width, ctx.saved_tensors
-        record = [
-            Accepted(None, t, h, saved[i * width : (i + 1) * width])
-            for i, (t, h) in enumerate(ctx.steps)
-        ]
-        aliases = ctx.field.aliases()
-        replay = _Replay(ctx.problem, ctx.field.bind(aliases), aliases, ctx.stats)
-        by_state, by_tensor = replay.backward(
-            record, ctx.marks, cotangents[:width], cotangents[width:]
+        job: Job = ctx.job
+        width, rates = job.width, len(job.first.rates)
+        record = _record(job.path[0], ctx.kept, ctx.saved_tensors)
+        aliases = job.field.aliases()
+        replay = _Replay(job, job.field.bind(aliases), aliases, job.settings.keep == "stages")
+        backward = replay.through_rows if job.problem.per_sample else replay.through
+        by_state, by_tensor = backward(
+            record,
+            cotangents[:width],
+            cotangents[width : width + rates],
+            cotangents[width + rates :],
         )
-        return (None,) * 5 + tuple(
+        return None, *(
             gradient if needed else None
             for gradient, needed in zip((*by_state, *by_tensor), ctx.needs, strict=True)
         )
+
+
+def _record(path: Path, kept: list[int], saved: Leaves) -> list[Accepted]:
+    """The record again, from what autograd saved."""
+    record, used = [], 0
+    for (rows, t, h, slot), count in zip(path.steps, kept, strict=True):
+        record.append(Accepted(rows, t, h, saved[used : used + count], slot))
+        used += count
+    return record
 
 
 @dataclass(frozen=True)
 class _Replay:
     """The recorded steps, repeated from last to first with the graph of one step at a time."""
 
-    problem: Problem
+    job: Job
     field: Field
     aliases: Leaves
-    stats: Stats
+    by_stages: bool
 
-    def backward(
+    def through(
         self,
-        record: Sequence[Accepted],
-        marks: Sequence[int],
-        states_bar: Sequence[Tensor],
-        integrals_bar: Sequence[Tensor],
+        record: list[Accepted],
+        states_bar: Bars,
+        integrals_bar: Bars,
+        _: Bars,
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """Gradients by the first state and by the named tensors.
 
-        states_bar, integrals_bar: cotangents of shape (times, …).
+        states_bar, integrals_bar: cotangents of shape (arrivals, …).
         """
+        marks = self.job.path[0].marks
         last = len(marks) - 1
         y_bar = [bar[last] for bar in states_bar]
         q_bar = [bar[last] for bar in integrals_bar]
         totals: list[Tensor | None] = [None] * len(self.aliases)
+        segment = _Segments(record, self._forward)
         for output in range(last, 0, -1):
-            for accepted in reversed(record[marks[output - 1] : marks[output]]):
-                y_bar, parts = self._step(accepted, y_bar, q_bar)
+            for i in reversed(range(marks[output - 1], marks[output])):
+                y_bar, parts = self._step(segment[i], self.field, y_bar, q_bar)
                 add_gradients(totals, parts)
             y_bar = [bar + more[output - 1] for bar, more in zip(y_bar, states_bar, strict=True)]
             q_bar = [bar + more[output - 1] for bar, more in zip(q_bar, integrals_bar, strict=True)]
         return y_bar, totals
 
-    def _step(
-        self, accepted: Accepted, y_bar: list[Tensor], q_bar: list[Tensor]
+    def through_rows(
+        self,
+        record: list[Accepted],
+        states_bar: Bars,
+        integrals_bar: Bars,
+        starts_bar: Bars,
     ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """The same where every row has its own steps; starts_bar: of the states they begin in."""
+        y_bar = tuple(torch.zeros_like(bar[0]) for bar in states_bar)
+        q_bar = tuple(torch.zeros_like(bar[0]) for bar in integrals_bar)
+        totals: list[Tensor | None] = [None] * len(self.aliases)
+        end = len(starts_bar[0]) if starts_bar else 0
+        for one in reversed(record):
+            at = _reached(take(y_bar, one.rows), states_bar, one)
+            q_at = _reached(take(q_bar, one.rows), integrals_bar, one)
+            q_bar = put(q_bar, one.rows, q_at)
+            with torch.enable_grad():  # gradients of aligned tensors go through their rows
+                field = self.field if one.rows is None else self.field.take(one.rows)
+            begun, parts = self._step(one, field, list(at), list(q_at))
+            add_gradients(totals, parts)
+            if starts_bar:
+                end, last = end - len(begun[0]), end
+                begun = [b + bar[end:last] for b, bar in zip(begun, starts_bar, strict=True)]
+            y_bar = put(y_bar, one.rows, tuple(begun))
+        return [bar + more[0] for bar, more in zip(y_bar, states_bar, strict=True)], totals
+
+    def _step(
+        self, one: Accepted, field: Field, y_bar: list[Tensor], q_bar: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        if self.by_stages:
+            return self._stages(one, field, y_bar, q_bar)
+        problem = self.job.problem
         with torch.enable_grad():
-            y = tuple(leaf.detach().requires_grad_() for leaf in accepted.y)
-            first = self._evaluate(accepted.t, y)
-            step = self.problem.method.step(
-                self._evaluate, accepted.t, accepted.h, y, first, estimate=False
-            )
+            y = tuple(leaf.detach().requires_grad_() for leaf in one.y)
+            evaluate = self._evaluation(field)
+            first = problem.first_stage(evaluate, one.t, one.h, y)
+            step = problem.step(evaluate, one.t, one.h, y, first, False)
             increment = tuple(
                 part.to(bar.dtype) for part, bar in zip(step.increment, q_bar, strict=True)
             )
@@ -124,7 +262,106 @@ class _Replay:
         ]
         return by_state, found[len(y) :]
 
-    def _evaluate(self, t: float, y: Leaves) -> Evaluation:
-        self.stats.nfe_backward += 1
-        with self.field.precision:
-            return self.field(t, y)
+    def _stages(
+        self, one: Accepted, field: Field, y_bar: list[Tensor], q_bar: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """A step's gradients with the graph of one stage at a time.
+
+        Each stage is evaluated again at its own state: κ_i = h b_i λ + h Σ_j a_ji ℓ_j is pulled
+        back to ℓ_i, and λ grows by Σ ℓ_i.
+        """
+        method, width = self.job.problem.method, len(y_bar)
+        assert isinstance(method, ExplicitRungeKutta)
+        tableau, used = method.tableau, method.tableau.used_stages
+        totals: list[Tensor | None] = [None] * len(self.aliases)
+        pulled: dict[int, list[Tensor]] = {}
+        for i in reversed(range(used)):
+            kappa = [
+                _weighted(
+                    [(tableau.b[i], bar), *((tableau.a[j][i], pulled[j][k]) for j in pulled)], one.h
+                )
+                for k, bar in enumerate(y_bar)
+            ]
+            rates = [bar * (tableau.b[i] * one.h) for bar in q_bar]
+            moment, point = one.t + tableau.c[i] * one.h, one.y[i * width : (i + 1) * width]
+            pulled[i], parts = self._stage(moment, one.t + one.h / 2, point, field, kappa, rates)
+            add_gradients(totals, parts)
+        by_state = [bar + sum(ell[k] for ell in pulled.values()) for k, bar in enumerate(y_bar)]
+        return by_state, totals
+
+    def _stage(
+        self, t: float, side: float, y: Leaves, field: Field, kappa: Bars, rates_bar: Bars
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Cotangents of one evaluation pulled back to its state and to the named tensors."""
+        with torch.enable_grad():
+            y = tuple(leaf.detach().requires_grad_() for leaf in y)
+            value = self.job.problem.evaluate(self._evaluation(field), t, y, side)
+        heads = (*value.slope, *value.rates)
+        bars = [bar.to(head.dtype) for bar, head in zip((*kappa, *rates_bar), heads, strict=True)]
+        found = vjp(heads, bars, (*y, *self.aliases))
+        by_state = [
+            torch.zeros_like(bar) if part is None else part
+            for part, bar in zip(found, kappa, strict=False)
+        ]
+        return by_state, found[len(y) :]
+
+    @torch.no_grad()
+    def _forward(self, one: Accepted) -> Leaves:
+        """Where a recorded step ends."""
+        problem, evaluate = self.job.problem, self._evaluation(self.field)
+        first = problem.first_stage(evaluate, one.t, one.h, one.y)
+        return problem.step(evaluate, one.t, one.h, one.y, first, False).y
+
+    def _evaluation(self, field: Field) -> Any:
+        def evaluate(t: Any, y: Leaves) -> Evaluation:
+            self.job.stats.nfe_backward += 1
+            with field.precision:
+                return field(t, y)
+
+        return evaluate
+
+
+class _Segments:
+    """Recorded steps with their states, read from last to first.
+
+    Where a state was not kept, the steps from the last one that was are taken again.
+    """
+
+    def __init__(self, record: list[Accepted], forward: Any) -> None:
+        self._record, self._forward = record, forward
+        self._known: dict[int, Leaves] = {}
+
+    def __getitem__(self, i: int) -> Accepted:
+        one = self._record[i]
+        if one.y:
+            return one
+        if i not in self._known:
+            self._known = {}
+            start = next(k for k in range(i, -1, -1) if self._record[k].y)
+            y = self._record[start].y
+            for k in range(start, i):
+                y = self._forward(self._record[k]._replace(y=y))
+                self._known[k + 1] = y
+        return one._replace(y=self._known.pop(i))
+
+
+def _reached(bars: Leaves, arrivals: Bars, one: Accepted) -> Leaves:
+    """Cotangents of a step's rows with those of what they reached at its end."""
+    assert one.slot is not None
+    there = one.slot >= 0
+    found = []
+    for bar, arrival in zip(bars, arrivals, strict=True):
+        rows = torch.arange(len(bar), device=bar.device) if one.rows is None else one.rows
+        more = arrival[one.slot.clamp(min=0), rows]
+        mask = there.reshape(-1, *[1] * (bar.ndim - 1))
+        found.append(bar + torch.where(mask, more, torch.zeros_like(more)))
+    return tuple(found)
+
+
+def _weighted(terms: list[tuple[float, Tensor]], h: float) -> Tensor:
+    """h Σ weight · tensor."""
+    total = terms[0][1] * (terms[0][0] * h)
+    for weight, tensor in terms[1:]:
+        if weight != 0.0:
+            total = torch.add(total, tensor, alpha=weight * h)
+    return total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,13 +11,20 @@ from torch import Tensor
 from cnf.ode.field import Evaluation, Field
 from cnf.ode.integrate import Problem, Stats, Trajectory
 from cnf.ode.state import Leaves
+from cnf.ode.trajectory import Path
 
 
 class Solved(NamedTuple):
-    """States and integrals at the output times, each leaf of shape (times, …)."""
+    """States and integrals at the arrivals, each leaf of shape (arrivals, …), and their path.
+
+    starts: where every row has its own steps and the solution is dense, the states in which the
+    recorded steps begin, one after the other, each leaf of shape (rows of all steps, …).
+    """
 
     states: Leaves
     integrals: Leaves
+    path: Path
+    starts: Leaves = ()
 
 
 class Gradient(Protocol):
@@ -35,6 +42,7 @@ class Gradient(Protocol):
 
 def solved_by(
     function: type[torch.autograd.Function],
+    settings: Any,
     problem: Problem,
     field: Field,
     y: Leaves,
@@ -43,16 +51,38 @@ def solved_by(
 ) -> Solved:
     """The result of an autograd function whose tensors are y and then the field's.
 
-    forward is given (ctx, problem, field, first, stats, len(y), *tensors), and returns the stacked
-    states and then the integrals.
+    forward is given (ctx, job, *tensors); it returns the leaves of `Solved` in order, and leaves
+    the path in the job.
     """
-    outputs = function.apply(problem, field, first, stats, len(y), *y, *field.tensors)
-    return Solved(outputs[: len(y)], outputs[len(y) :])
+    job = Job(settings, problem, field, first, stats, len(y), [])
+    outputs = function.apply(job, *y, *field.tensors)
+    rates, width = len(first.rates), len(y)
+    states, rest = outputs[:width], outputs[width:]
+    return Solved(states, rest[:rates], job.path[0], rest[rates:])
 
 
-def stacked(trajectory: Trajectory) -> Solved:
-    """The trajectory's states and integrals along a new first axis of times."""
-    return Solved(_stack(trajectory.states), _stack(trajectory.integrals))
+class Job(NamedTuple):
+    """What an autograd function is asked to do; width: the number of the state's leaves."""
+
+    settings: Any
+    problem: Problem
+    field: Field
+    first: Evaluation
+    stats: Stats
+    width: int
+    path: list[Path]
+
+
+def stacked(trajectory: Trajectory, problem: Problem) -> Solved:
+    """The trajectory's states and integrals along a first axis of arrivals."""
+    if not problem.per_sample:
+        return Solved(_stack(trajectory.states), _stack(trajectory.integrals), trajectory.path)
+    starts: Leaves = ()
+    if problem.dense:
+        starts = tuple(
+            torch.cat(leaves) for leaves in zip(*(one.y for one in trajectory.record), strict=True)
+        )
+    return Solved(trajectory.states[0], trajectory.integrals[0], trajectory.path, starts)
 
 
 def _stack(parts: Sequence[Leaves]) -> Leaves:

@@ -1,0 +1,117 @@
+"""The solution inside a step: a polynomial in θ = (τ − t)/h, of the method's own order.
+
+dopri5 and tsit5 have weights of their own for it (order 4).  Any other step is interpolated by the
+polynomial that agrees with the solution and its slope at both ends (order 3, for methods up to
+order 4), in the middle too (order 5, for order 5), or at both thirds (order 7, for any higher):
+what lies between the ends comes from steps of the same method, part of the way.
+Source: Hairer, Nørsett & Wanner, Solving ODEs I, section II.6.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from cnf.ode.field import Evaluation
+from cnf.ode.method import Evaluate, ExplicitRungeKutta, Method
+from cnf.ode.state import Leaves
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """y(θ) = Σ c_k θ^k; coefficients: for each leaf, c_0, c_1, …"""
+
+    coefficients: tuple[list[Tensor], ...]
+
+    def __call__(self, theta: Any) -> Leaves:
+        """The state at θ: a float, or a tensor that is broadcast against each leaf."""
+        return tuple(_horner(leaf, theta) for leaf in self.coefficients)
+
+
+def interpolation_order(method: Method) -> int:
+    """The order of what `interpolant` gives: its error inside a step is O(h^(order + 1))."""
+    if _weights(method) is not None:
+        return 4
+    return 2 * len(_nodes(method.order)) - 1
+
+
+def interpolant(
+    method: Method, field: Evaluate, t: float, h: float, y: Leaves, first: Evaluation
+) -> Polynomial:
+    """The solution inside the step from (t, y) by h, where the field is `first`.
+
+    It evaluates the field again for what the step did not keep; the graph follows.
+    """
+    weights = _weights(method)
+    if weights is not None:
+        assert isinstance(method, ExplicitRungeKutta)
+        stages = [stage.slope for stage in method.stages(field, t, h, y, first)]
+        return Polynomial(
+            tuple(
+                [leaf, *(_sum(h, column, ks) for column in zip(*weights, strict=True))]
+                for leaf, ks in zip(y, zip(*stages, strict=True), strict=True)
+            )
+        )
+    return _hermite(method, field, t, h, y, first)
+
+
+def _hermite(
+    method: Method, field: Evaluate, t: float, h: float, y: Leaves, first: Evaluation
+) -> Polynomial:
+    nodes = _nodes(method.order)
+    changes, slopes = [], [first.slope]
+    for node in nodes[1:]:
+        part = method.step(field, t, node * h, y, first, False)
+        last = part.last or field(t + node * h, part.y)
+        changes.append(tuple(end - start for end, start in zip(part.y, y, strict=True)))
+        slopes.append(last.slope)
+    matrix = _hermite_matrix(nodes)
+    split = len(nodes) - 1
+    leaves = []
+    for i, leaf in enumerate(y):
+        rises = [change[i] for change in changes]
+        ks = [slope[i] for slope in slopes]
+        terms = [
+            _sum(1.0, row[:split], rises) + _sum(h, row[split:], ks) for row in matrix.tolist()
+        ]
+        leaves.append([leaf, *terms])
+    return Polynomial(tuple(leaves))
+
+
+def _nodes(order: int) -> tuple[float, ...]:
+    if order <= 4:
+        return (0.0, 1.0)
+    return (0.0, 0.5, 1.0) if order == 5 else (0.0, 1 / 3, 2 / 3, 1.0)
+
+
+@cache
+def _hermite_matrix(nodes: tuple[float, ...]) -> np.ndarray:
+    """Coefficients of θ, θ², … by the changes at the nodes but the first, and all slopes."""
+    powers = np.arange(1, 2 * len(nodes))
+    at = np.array(nodes)[:, None]
+    values, slopes = at[1:] ** powers, powers * at ** (powers - 1.0)
+    return np.linalg.inv(np.vstack([values, slopes]))
+
+
+def _weights(method: Method) -> tuple[tuple[float, ...], ...] | None:
+    return method.tableau.dense if isinstance(method, ExplicitRungeKutta) else None
+
+
+def _sum(h: float, weights: Any, slopes: Any) -> Tensor:
+    total: Tensor | None = None
+    for weight, slope in zip(weights, slopes, strict=True):
+        if weight != 0.0:
+            part = slope * (h * weight)
+            total = part if total is None else total + part
+    return slopes[0] * 0.0 if total is None else total
+
+
+def _horner(coefficients: list[Tensor], theta: Any) -> Tensor:
+    total = coefficients[-1]
+    for coefficient in reversed(coefficients[:-1]):
+        total = total * theta + coefficient
+    return total

@@ -1,0 +1,337 @@
+"""What a solve's arrivals mean to the user: outputs, events, and the solution between the times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnf.error import InputError
+from cnf.ode.gradient.problem import Solved
+from cnf.ode.interpolate import interpolant
+from cnf.ode.method import OwnPace
+from cnf.ode.state import Leaves
+from cnf.ode.trajectory import Problem, on_device
+
+
+class Crossing(NamedTuple):
+    """An event that happened: which one, when (0-d) and in which state."""
+
+    event: int
+    t: Tensor
+    y: Any
+
+
+class Met(NamedTuple):
+    """Where the solution stopped: time and event, 0-d or (batch,), NaN and −1 for nowhere; the
+    state and the integrals there.
+    """
+
+    time: Tensor
+    event: Tensor
+    y: Leaves
+    integral: Leaves
+    crossings: tuple[Crossing, ...] = ()
+
+
+class Requested(NamedTuple):
+    """States and integrals at the requested times, each leaf of shape (times, …).
+
+    reached: how many of the times came before an event, or (times, batch) of such; None for all.
+    """
+
+    states: Leaves
+    integrals: Leaves
+    reached: Any = None
+
+    def after(self, met: Met) -> Requested:
+        """The same, staying at the event from there on."""
+        return Requested(
+            tuple(map(self._stay, self.states, met.y)),
+            tuple(map(self._stay, self.integrals, met.integral)),
+            self.reached,
+        )
+
+    def _stay(self, leaf: Tensor, last: Tensor) -> Tensor:
+        if isinstance(self.reached, int):
+            rest = len(leaf) - self.reached
+            return torch.cat([leaf[: self.reached], last.expand(rest, *last.shape)])
+        mask = torch.from_numpy(self.reached).to(leaf.device)
+        return torch.where(mask.reshape(*mask.shape, *[1] * (leaf.ndim - 2)), leaf, last)
+
+
+def at_requested_times(problem: Problem, solved: Solved) -> Requested:
+    """The arrivals at the output times."""
+    count = len(problem.times)
+    if problem.per_sample:
+        states, integrals = (
+            tuple(leaf[:count] for leaf in part) for part in (solved.states, solved.integrals)
+        )
+        if not problem.watch:
+            return Requested(states, integrals)
+        ends = solved.path.times[0][-1]
+        late = (problem.times - np.where(np.isnan(ends), np.inf, ends)) * problem.direction
+        return Requested(states, integrals, np.isnan(ends) | (late < 0))
+    labels = solved.path.labels
+    places = [labels.index(k) for k in range(count) if k in labels]
+    if len(places) == len(labels):
+        return Requested(solved.states, solved.integrals)
+    missing = count - len(places)
+    chosen = torch.tensor(places + [len(labels) - 1] * missing, device=solved.states[0].device)
+    states, integrals = (
+        tuple(leaf.index_select(0, chosen) for leaf in part)
+        for part in (solved.states, solved.integrals)
+    )
+    return Requested(states, integrals, len(places))
+
+
+def events_met(problem: Problem, solved: Solved) -> Met:
+    """Where the solution stopped, with gradients by everything that g and the solution depend on.
+
+    The located time is followed by one differentiable step of Newton's method along the solution.
+    """
+    if problem.per_sample:
+        return _rows_met(problem, solved)
+    watch, path = problem.watch, solved.path
+    assert watch is not None
+    crossings, stop = [], None
+    for j, label in enumerate(path.labels):
+        if label is None or label >= 0:
+            continue
+        event, moment = -1 - label, watch.clock(path.times[j])
+        y = tuple(leaf[j] for leaf in solved.states)
+        q = tuple(leaf[j] for leaf in solved.integrals)
+        found = _corrected(problem, event, path.times[j], moment, y, q)
+        crossings.append(Crossing(event, found.time, watch.state.build(found.y)))
+        stop = found if watch.events[event].terminal else stop
+    if stop is None:
+        last = tuple(leaf[-1] for leaf in solved.states)
+        integral = tuple(leaf[-1] for leaf in solved.integrals)
+        nowhere = torch.full_like(watch.clock(path.times[-1]), torch.nan)
+        stop = Met(nowhere, torch.tensor(-1, device=nowhere.device), last, integral)
+    return stop._replace(crossings=tuple(crossings))
+
+
+def _rows_met(problem: Problem, solved: Solved) -> Met:
+    watch, path = problem.watch, solved.path
+    assert watch is not None and path.stopped is not None
+    ends = path.times[0][-1]
+    device = solved.states[0].device
+    index = torch.from_numpy(path.stopped).to(device)
+    stopped = np.where(np.isnan(ends), _finite_end(problem), ends)
+    host = on_device(stopped, solved.states)
+    states, integrals = (
+        tuple(_rows_where(index >= 0, leaf[-1], leaf[-2]) for leaf in part)
+        for part in (solved.states, solved.integrals)
+    )
+    moment = watch.clock(host)
+    met = Met(torch.full_like(moment, torch.nan), index, states, integrals)
+    for event in np.unique(path.stopped[path.stopped >= 0]).tolist():
+        found = _corrected(problem, event, host, moment, states, integrals)
+        here = index == event
+        met = Met(
+            torch.where(here, found.time, met.time),
+            index,
+            tuple(_rows_where(here, a, b) for a, b in zip(found.y, met.y, strict=True)),
+            tuple(
+                _rows_where(here, a, b) for a, b in zip(found.integral, met.integral, strict=True)
+            ),
+        )
+    return met
+
+
+def _finite_end(problem: Problem) -> np.ndarray:
+    return np.where(np.isfinite(problem.times[-1]), problem.times[-1], problem.times[0])
+
+
+def _corrected(
+    problem: Problem, event: int, t: Any, moment: Tensor, y: Leaves, integral: Leaves
+) -> Met:
+    """t* = t − g/ġ, y* = y + f·(t* − t): where g is zero to first order, with its gradients."""
+    watch = problem.watch
+    assert watch is not None
+    with torch.no_grad():
+        value = problem.field(t, tuple(leaf.detach() for leaf in y))
+    speed = _speed(problem, event, moment, y, value.slope)
+    shift = -watch.value(event, t, y) / speed
+    largest = 0.01 * _lengths(problem, t).to(shift)
+    shift = torch.where((speed != 0) & (shift.abs() <= largest), shift, torch.zeros_like(shift))
+    return Met(
+        moment + shift.to(moment.dtype),
+        torch.full_like(moment, event, dtype=torch.long),
+        tuple(leaf + k * _against(shift, k) for leaf, k in zip(y, value.slope, strict=True)),
+        tuple(
+            leaf + (k * _against(shift, k)).to(leaf.dtype)
+            for leaf, k in zip(integral, value.rates, strict=True)
+        ),
+    )
+
+
+def _speed(problem: Problem, event: int, moment: Tensor, y: Leaves, slope: Leaves) -> Tensor:
+    """dg/dt along the solution, without a graph; 0-d or (batch,)."""
+    watch = problem.watch
+    assert watch is not None
+    with torch.enable_grad():
+        moment = moment.detach().clone().requires_grad_()
+        leaves = tuple(leaf.detach().requires_grad_() for leaf in y)
+        value = watch.value(event, moment, leaves)
+        if not value.requires_grad:
+            return torch.zeros_like(moment)
+        found = torch.autograd.grad(value.sum(), (moment, *leaves), allow_unused=True)
+    total = torch.zeros_like(moment) if found[0] is None else found[0]
+    for part, k in zip(found[1:], slope, strict=True):
+        if part is not None:
+            product = (part.conj() * k).real
+            rows = len(product) if problem.per_sample else 1
+            total = total + product.reshape(rows, -1).sum(1).reshape(total.shape)
+    return total.detach()
+
+
+def _lengths(problem: Problem, t: Any) -> Tensor:
+    if isinstance(t, Tensor):
+        return (t - on_device(problem.times[0], (t,))).abs()
+    return torch.tensor(abs(t - problem.times[0]))
+
+
+def _against(shift: Tensor, leaf: Tensor) -> Tensor:
+    return shift.to(leaf.dtype).reshape(*shift.shape, *[1] * (leaf.ndim - shift.ndim))
+
+
+def _rows_where(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    return torch.where(mask.reshape(-1, *[1] * (yes.ndim - 1)), yes, no)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The solution at any time inside the interval, from the states in which its steps began."""
+
+    problem: Problem
+    solved: Solved
+
+    def __call__(self, t: Any) -> Any:
+        field: Any = self.problem.field
+        like = self.solved.states[0]
+        t = t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64)
+        t = t.to(like.device)
+        states = self._of_rows(t) if self.problem.per_sample else self._of_all(t)
+        return field.state.build(states)
+
+    def _of_all(self, t: Tensor) -> Leaves:
+        """Where all rows share their steps: (*t.shape, *y.shape)."""
+        times = np.array(self.solved.path.times)
+        direction = self.problem.direction
+        host = t.detach().double().cpu().numpy().reshape(-1)
+        _check_inside(host, times[0], times[-1])
+        pieces = np.searchsorted(direction * times, direction * host, side="left") - 1
+        pieces = np.maximum(pieces, 0)
+        flat, order, found = t.reshape(-1), [], []
+        for piece in np.unique(pieces).tolist():
+            members = np.flatnonzero(pieces == piece)
+            order.append(members)
+            chosen = torch.from_numpy(members).to(t.device)
+            found.append(self._on_piece(piece, times, flat.index_select(0, chosen)))
+        inverse = torch.from_numpy(np.argsort(np.concatenate([*order, np.zeros(0, int)])))
+        shape = tuple(t.shape)
+        if not found:
+            return tuple(leaf[:0].reshape(*shape, *leaf.shape[1:]) for leaf in self.solved.states)
+        together = (torch.cat(leaves) for leaves in zip(*found, strict=True))
+        return tuple(
+            leaf.index_select(0, inverse.to(t.device)).reshape(*shape, *leaf.shape[1:])
+            for leaf in together
+        )
+
+    def _on_piece(self, piece: int, times: np.ndarray, t: Tensor) -> Leaves:
+        problem: Any = self.problem
+        y = tuple(leaf[piece] for leaf in self.solved.states)
+        start, h = float(times[piece]), float(times[piece + 1] - times[piece])
+        first = problem.first_stage(problem.field, start, h, y)
+        inside = interpolant(problem.method, problem.field, start, h, y, first)
+        theta = (t - start) / h
+        return tuple(
+            _polynomial(part, theta.to(leaf.real.dtype), leaf.ndim)
+            for part, leaf in zip(inside.coefficients, y, strict=True)
+        )
+
+    def _of_rows(self, t: Tensor) -> Leaves:
+        """Where every row has its own steps: (*t.shape without the batch, batch, …)."""
+        batch = self.solved.states[0].shape[1]
+        each = t.ndim >= 1 and t.shape[-1] == batch and (t.ndim == 2 or t.shape == (batch,))
+        if t.ndim > 2 or (t.ndim == 2 and not each):
+            raise InputError(
+                f"t must be a number, or of shape (times,), ({batch},) or (times, {batch}), got "
+                f"{tuple(t.shape)}"
+            )
+        moments = t if each else t.unsqueeze(-1).expand(*t.shape, batch)
+        found = [self._at(moment) for moment in moments.reshape(-1, batch)]
+        shape = moments.shape[:-1]
+        return tuple(
+            torch.stack(leaves).reshape(*shape, *leaves[0].shape)
+            for leaves in zip(*found, strict=True)
+        )
+
+    def _at(self, t: Tensor) -> Leaves:
+        """The state of every row at its own t, (batch,)."""
+        problem: Any = self.problem
+        places, start, h = self._places(t.detach().double().cpu().numpy())
+        at = torch.from_numpy(places).to(t.device)
+        y = tuple(leaf.index_select(0, at) for leaf in self.solved.starts)
+        start, h = on_device(start, y), on_device(h, y)
+        first = problem.first_stage(problem.field, start, h, y)
+        pace = OwnPace(problem.field, start, h)
+        inside = interpolant(problem.method, pace, 0.0, 1.0, y, pace.scaled(first))
+        theta = (t - start) / h
+        return tuple(
+            _horner(part, _against(theta, leaf.real))
+            for part, leaf in zip(inside.coefficients, y, strict=True)
+        )
+
+    def _places(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each row's step that holds its t: the place among all steps, its start, its length."""
+        rows, start, h = _flat_steps(self.solved.path.steps, len(t))
+        taken = np.flatnonzero(h != 0.0)
+        order = taken[np.lexsort((start[taken] * np.sign(h[taken]), rows[taken]))]
+        last = np.searchsorted(rows[order], np.arange(len(t)), side="right") - 1
+        ends = start[order[last]] + h[order[last]]
+        begins = self.problem.times[0]
+        for row, moment in enumerate(t):
+            _check_inside(np.array([moment]), begins[row], ends[row], f" of row {row}")
+        length = np.abs(ends - begins)
+        progress = np.abs(start[order] - begins[rows[order]]) / length[rows[order]]
+        wanted = np.abs(t - begins) / length
+        found = np.searchsorted(2.0 * rows[order] + progress, 2.0 * np.arange(len(t)) + wanted)
+        first = np.searchsorted(rows[order], np.arange(len(t)))
+        chosen = order[np.maximum(found - 1, first)]
+        return chosen, start[chosen], h[chosen]
+
+
+def _flat_steps(steps: Sequence[Any], batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row, t, h) of every row's every step, one after the other, on the host."""
+    rows = [np.arange(batch) if one[0] is None else one[0].cpu().numpy() for one in steps]
+    starts, lengths = ([one[k].cpu().numpy() for one in steps] for k in (1, 2))
+    return np.concatenate(rows), np.concatenate(starts), np.concatenate(lengths)
+
+
+def _check_inside(t: np.ndarray, start: float, end: float, whose: str = "") -> None:
+    low, high = min(start, end), max(start, end)
+    slack = 1e-6 * (high - low)
+    outside = ~((t >= low - slack) & (t <= high + slack))
+    if outside.any():
+        raise InputError(
+            f"t={t[outside][0]:g} lies outside the solution's interval{whose}, {low:g} to {high:g}"
+        )
+
+
+def _polynomial(coefficients: list[Tensor], theta: Tensor, ndim: int) -> Tensor:
+    """At many θ: (θ, *leaf.shape)."""
+    return _horner([c.unsqueeze(0) for c in coefficients], theta.reshape(-1, *[1] * ndim))
+
+
+def _horner(coefficients: list[Tensor], theta: Tensor) -> Tensor:
+    total = coefficients[-1]
+    for coefficient in reversed(coefficients[:-1]):
+        total = total * theta + coefficient
+    return total.expand(torch.broadcast_shapes(total.shape, (theta * coefficients[0]).shape))

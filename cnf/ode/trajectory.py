@@ -1,0 +1,293 @@
+"""What is solved, what it costs and what is left behind: the loop's vocabulary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnf.error import IntegrationError
+from cnf.ode.control import Adaptive, Control, FixedStep
+from cnf.ode.event import Watch
+from cnf.ode.field import Evaluation
+from cnf.ode.method import Evaluate, Method, OwnPace, Step, take_step
+from cnf.ode.state import Leaves, combine, largest, rms, row_rms
+
+Count = Any  # an int, or an int64 tensor of shape (batch,) where every row has its own steps
+Times = Any  # a tuple of floats, or a float64 array of shape (times, batch)
+
+
+@dataclass
+class Stats:
+    """What a solve cost: evaluations of the field forward and backward, steps taken and refused.
+
+    Where every row has its own steps the counts are int64 tensors of shape (batch,), on the host.
+    calls: how often the field was called forward, whatever the number of rows.  The backward count
+    grows when `backward()` runs.
+    """
+
+    nfe: Count = 0
+    nfe_backward: Count = 0
+    accepted: Count = 0
+    rejected: Count = 0
+    calls: int = 0
+
+    @property
+    def attempts(self) -> int:
+        """Steps tried: the most of any row."""
+        tried = self.accepted + self.rejected
+        if isinstance(tried, Tensor):
+            return int(tried.max()) if tried.numel() else 0
+        return tried
+
+
+@dataclass(frozen=True)
+class Problem:
+    """dy/dt = field(t, y) over strictly monotone host `times`, and how to solve it.
+
+    clock: the dtype in which the field gets the time; watch: events; dense: whether the end of
+    every step is an arrival.
+    """
+
+    field: Evaluate
+    times: Times
+    method: Method
+    control: Control
+    max_steps: int
+    clock: torch.dtype = torch.float64
+    watch: Watch | None = None
+    dense: bool = False
+
+    @property
+    def per_sample(self) -> bool:
+        return self.control.per_sample
+
+    @property
+    def direction(self) -> Any:
+        """1 where time runs forward, −1 where it runs backward; a row's own where rows have."""
+        rise = self.times[-1] - self.times[0]
+        return np.sign(rise) if self.per_sample else math.copysign(1.0, rise)
+
+    @property
+    def span(self) -> Any:
+        return abs(self.times[-1] - self.times[0])
+
+    def evaluate(self, field: Evaluate, t: Any, y: Leaves, side: Any) -> Evaluation:
+        """The field at t, seen from the side of `side`, a time, where t is a jump."""
+        return field(self._beside(t, side), y)
+
+    def step(
+        self, field: Evaluate, t: Any, h: Any, y: Leaves, first: Evaluation, estimate: bool
+    ) -> Step:
+        """The step from (t, y) by h, where the field is `first`; see Method.step."""
+        if self.control.jumps:
+            field = self._inside(field, t, h)
+        return take_step(self.method, field, t, h, y, first, estimate)
+
+    def first_stage(self, field: Evaluate, t: Any, h: Any, y: Leaves) -> Evaluation:
+        """The field at the start of the step from (t, y) by h."""
+        return (self._inside(field, t, h) if self.control.jumps else field)(t, y)
+
+    def _inside(self, field: Evaluate, t: Any, h: Any) -> Evaluate:
+        """The field on a step that may begin or end at a jump: seen from inside the step."""
+        return lambda moment, y: field(self._beside(moment, t + h / 2), y)
+
+    def _beside(self, t: Any, side: Any) -> Any:
+        if isinstance(t, Tensor):
+            nudged = torch.nextafter(t.to(self.clock), side.to(self.clock))
+            for jump in self.control.jumps:
+                t = torch.where(t == jump, nudged.to(t.dtype), t)
+            return t
+        if t in self.control.jumps:
+            at = torch.tensor([t, side], dtype=self.clock)
+            return torch.nextafter(at[0], at[1]).item()
+        return t
+
+
+class Accepted(NamedTuple):
+    """One accepted step: from (t, y) by h; rows: those of the batch that took it, None for all.
+
+    t, h: floats, or float64 tensors of shape (rows,) where every row has its own; slot: there, the
+    index of what was reached at the step's end, (rows,), −1 for nothing.
+    """
+
+    rows: Tensor | None
+    t: Any
+    h: Any
+    y: Leaves
+    slot: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Path:
+    """What is known on the host of a solve's way, besides the states; see Trajectory."""
+
+    times: list[Any]
+    labels: list[int | None]
+    marks: list[int]
+    stopped: np.ndarray | None
+    steps: list[Any]
+
+
+@dataclass
+class Trajectory:
+    """States and integrals where the solution arrived.
+
+    states, integrals: at each arrival in order; where every row has its own steps, stacked by
+    output time in one entry each, with one more for the rows' events if there are any; times: of
+    the arrivals; labels: the output time that was reached, or −1 − i for event i, or None for the
+    end of another step; marks: how many steps had been accepted; record: the accepted steps, where
+    they were kept; stopped: each row's event, −1 for none.
+    """
+
+    states: list[Leaves] = field(default_factory=list)
+    integrals: list[Leaves] = field(default_factory=list)
+    times: list[Any] = field(default_factory=list)
+    labels: list[int | None] = field(default_factory=list)
+    marks: list[int] = field(default_factory=list)
+    record: list[Accepted] = field(default_factory=list)
+    stopped: np.ndarray | None = None
+
+    @property
+    def path(self) -> Path:
+        """All of it but the tensors; steps: (rows, t, h, slot) of each in the record."""
+        steps = [(one.rows, one.t, one.h, one.slot) for one in self.record]
+        return Path(self.times, self.labels, self.marks, self.stopped, steps)
+
+
+class Counted:
+    """A field that counts its calls."""
+
+    def __init__(self, field: Evaluate, stats: Stats) -> None:
+        self._field, self._stats = field, stats
+
+    def __call__(self, t: Any, y: Leaves) -> Evaluation:
+        self._stats.calls += 1
+        return self._field(t, y)
+
+
+@torch.no_grad()
+def error_ratio(step: Step, y: Leaves, control: Adaptive) -> Tensor:
+    """Estimated error over tolerance: the largest RMS of the state's leaves and integrals.
+
+    0-d, or (rows,) where every row has its own steps.
+    """
+    norm = row_rms if control.per_sample else rms
+    ratios = [
+        norm(error / _tolerance(torch.maximum(y0.abs(), y1.abs()), control))
+        for error, y0, y1 in zip(step.error, y, step.y, strict=True)
+    ]
+    if control.quadrature_atol is not None:
+        ratios += [norm(error) / control.quadrature_atol for error in step.increment_error]
+    return largest(ratios)
+
+
+@torch.no_grad()
+def first_size(problem: Problem, evaluate: Evaluate, y: Leaves, first: Evaluation) -> Any:
+    """The first step to try, a float or one for each row.
+
+    Source: Hairer, Nørsett & Wanner I, section II.4, starting step.
+    """
+    control, span = problem.control, np.asarray(problem.span)
+    if isinstance(control, FixedStep):
+        return _like(np.full_like(span, control.step_size, dtype=np.float64), problem)
+    if control.first_step is not None:
+        wanted = control.within(np.minimum(control.first_step, span))
+        return _like(wanted, problem)
+    norm = row_rms if control.per_sample else rms
+    scales = tuple(_tolerance(leaf.abs(), control) for leaf in y)
+    height, slope = _host([_norm(y, scales, norm), _norm(first.slope, scales, norm)])
+    whole = np.where(np.isfinite(span), span, 1.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        trial = 0.01 * height / slope
+    trial = np.where((height > 1e-5) & (slope > 1e-5), trial, 1e-6 * whole)
+    trial = np.minimum(trial, span)
+    usable = np.isfinite(trial) & (trial > 0)  # else the loop will shrink it, or say what is wrong
+    trial = np.where(usable, trial, 0.0)
+    then = _ahead(problem, evaluate, y, first, _like(trial, problem))
+    change = tuple(k1 - k0 for k0, k1 in zip(first.slope, then.slope, strict=True))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bend = _host([_norm(change, scales, norm)])[0] / trial
+        steepest = np.fmax(slope, bend)
+        guess = (0.01 / steepest) ** (1 / problem.method.order)
+    found = np.minimum(np.minimum(100 * trial, guess), span)
+    found = np.where(np.isfinite(guess), found, trial)
+    still = ~usable | (steepest <= 1e-15)  # the field stands still here
+    return _like(control.within(np.where(still, whole, found)), problem)
+
+
+def _ahead(
+    problem: Problem, evaluate: Evaluate, y: Leaves, first: Evaluation, trial: Any
+) -> Evaluation:
+    """The field after a step of Euler's method by `trial`."""
+    start, h = problem.times[0], problem.direction * trial
+    if problem.per_sample:
+        start, h = on_device(start, y), on_device(h, y)
+        first, at = OwnPace(evaluate, start, h).scaled(first), 1.0
+    else:
+        at = h
+    ahead = tuple(combine(leaf, [k], [1.0], at) for leaf, k in zip(y, first.slope, strict=True))
+    return evaluate(start + h, ahead)
+
+
+def on_device(numbers: np.ndarray, y: Leaves) -> Tensor:
+    """Host numbers, float64, where the state is."""
+    tensor = torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.float64))
+    return tensor.to(y[0].device, non_blocking=True)
+
+
+def _host(values: Sequence[Tensor]) -> np.ndarray:
+    return torch.stack([value.double() for value in values]).cpu().numpy()
+
+
+def _like(value: Any, problem: Problem) -> Any:
+    return np.asarray(value) if problem.per_sample else float(value)
+
+
+def _tolerance(size: Tensor, control: Adaptive) -> Tensor:
+    """atol + rtol·size, in place; never 0, since a part that stays 0 would have the error 0/0."""
+    return size.mul_(control.rtol).add_(max(control.atol, torch.finfo(size.dtype).tiny))
+
+
+def _norm(leaves: Leaves, scales: Leaves, norm: Any) -> Tensor:
+    return largest([norm(leaf / scale) for leaf, scale in zip(leaves, scales, strict=True)])
+
+
+def failure(
+    reason: str,
+    problem: Problem,
+    t: float,
+    step: float,
+    stats: Stats,
+    reached: Sequence[Leaves],
+    rows: Sequence[int] = (),
+) -> IntegrationError:
+    """The error that says where the solution ended, and what to try."""
+    where = f" (rows {', '.join(map(str, rows))})" if len(rows) else ""
+    if isinstance(problem.control, FixedStep):
+        remedy = "a smaller step_size, bounded weights in the field, or inputs of unit scale"
+    else:
+        remedy = "a larger atol and rtol, a smoother field, inputs of unit scale, or more max_steps"
+    return IntegrationError(
+        f"{reason}{where} at t={t:.6g} with step {abs(step):.2g} of {problem.method.name}, after "
+        f"{stats.calls} evaluations; the solution may blow up or be stiff there: try {remedy}",
+        t=t,
+        step=abs(step),
+        nfe=stats.calls,
+        partial=list(reached),
+    )
+
+
+def tiniest(problem: Problem) -> Any:
+    """The shortest step worth trying: below it time does not advance; one for each row if rows
+    have their own.
+    """
+    times = np.abs(np.asarray(problem.times, dtype=np.float64))
+    scale = np.maximum(times[0], np.where(np.isfinite(times[-1]), times[-1], 1.0))
+    span = np.where(np.isfinite(problem.span), problem.span, 1.0)
+    return _like(1e-13 * np.maximum(scale, span), problem)
