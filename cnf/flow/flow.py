@@ -121,7 +121,8 @@ class Flow(nn.Module):
         divergence = self.chosen_divergence()
         parts, nfe = [], 0
         for x in self._chunks(rows, whole_number("chunk", chunk, 1)):
-            part, stats = self.log_prob_of_rows(x, divergence, self.solver)
+            solver = self.solver.for_rows(self.field, x)
+            part, stats = self.log_prob_of_rows(x, divergence, solver)
             parts.append(part)
             nfe = max(nfe, stats.calls)
         log_prob = torch.cat(parts).reshape(shape)
@@ -181,7 +182,7 @@ class Flow(nn.Module):
         """The base's points, (…, dim), that the flow carries to x (…, dim)."""
         rows, shape = self._rows(x)
         parts = [
-            move(self.field, self.whitening(part), TO_BASE, self.solver)
+            move(self.field, self.whitening(part), TO_BASE, self.solver.for_rows(self.field, part))
             for part in self._chunks(rows, CHUNK)
         ]
         return torch.cat(parts).reshape(*shape, self.dim)
@@ -308,10 +309,11 @@ class Flow(nn.Module):
         return self.whitening.mean.device
 
     def _decode(self, z: Tensor, with_log_prob: bool) -> tuple[Tensor, Tensor]:
+        solver = self.solver.for_rows(self.field, z)
         if not with_log_prob:
-            x = move(self.field, z, TO_DATA, self.solver)
+            x = move(self.field, z, TO_DATA, solver)
             return self.whitening.invert(x), x.new_empty(0)
-        moved = move_with_logdet(self.field, self.chosen_divergence(), z, TO_DATA, self.solver)
+        moved = move_with_logdet(self.field, self.chosen_divergence(), z, TO_DATA, solver)
         log_prob = self._base_log_prob(z) - moved.logdet + self.whitening.logdet()
         return self.whitening.invert(moved.x), log_prob.to(z.dtype)
 

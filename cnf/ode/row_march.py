@@ -231,12 +231,11 @@ class _RowMarch:
     def _write(self, accept: Array, h: Array, slot: Array) -> None:
         """The record of this step: of the rows that took it, or of all with h = 0 for the rest."""
         device = self.y[0].device
+        taken, rows, y = np.arange(len(self.rows)), None, self.y
         if self.field.row_wise:
             taken = np.flatnonzero(accept)
             rows = torch.from_numpy(self.rows[taken]).to(device)
             y = _take(self.y, torch.from_numpy(taken).to(device))
-        else:
-            taken, rows, y = np.arange(self.batch), None, self.y
         t, h = (on_device(x[taken], self.y) for x in (self.t, np.where(accept, h, 0.0)))
         reached = torch.from_numpy(np.where(accept, slot, -1)[taken]).to(device)
         self.out.record.append(Accepted(rows, t, h, y, reached))

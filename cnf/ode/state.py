@@ -68,7 +68,7 @@ def rms(x: Tensor) -> Tensor:
 
 def row_rms(x: Tensor) -> Tensor:
     """Root mean square of each row's entries, real, of shape (rows,)."""
-    flat = x.reshape(x.shape[0], -1)
+    flat = x.flatten(1) if x.ndim > 1 else x.unsqueeze(1)
     return torch.linalg.vector_norm(flat, dim=1) / max(flat.shape[1], 1) ** 0.5
 
 

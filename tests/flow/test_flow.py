@@ -408,7 +408,7 @@ def test_log_densities_of_samples_agree_with_log_prob(make):
     assert x.dtype == flow.dtype == log_prob.dtype
     atol = 1e-6 if flow.dtype == F64 else 2e-2
     assert torch.allclose(log_prob, flow.log_prob(x), atol=atol)
-    assert torch.allclose(x, flow.sample(30, seed=0), atol=1e-6 if flow.dtype == F64 else 1e-3)
+    assert torch.allclose(x, flow.sample(30, seed=0), atol=1e-6 if flow.dtype == F64 else 5e-3)
 
 
 @EACH_FLOW

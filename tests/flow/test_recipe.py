@@ -285,7 +285,7 @@ def test_the_score_is_that_of_the_weights_that_are_left():
     flow = tiny()
     records = records_of(flow, validation=validation, steps=60)
     scores = [record.validation for record in records if record.validation is not None]
-    assert score(flow, validation) == pytest.approx(min(scores), abs=1e-5)
+    assert score(flow, validation) == pytest.approx(min(scores), abs=1e-3)
 
 
 def test_a_budget_in_seconds_is_kept():

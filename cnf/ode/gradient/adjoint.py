@@ -15,6 +15,7 @@ from cnf.error import InputError, IntegrationError
 from cnf.ode.control import Adaptive, Control
 from cnf.ode.field import Evaluation, Field
 from cnf.ode.gradient.problem import Job, Solved, add_gradients, solved_by, stacked, vjp
+from cnf.ode.gradient.row_adjoint import back_through_rows
 from cnf.ode.integrate import Accepted, Problem, Stats, integrate
 from cnf.ode.interpolate import Polynomial, interpolant
 from cnf.ode.state import Leaves, largest, rms
@@ -68,8 +69,12 @@ class _Adjoint(torch.autograd.Function):
         job: Job = ctx.job
         aliases = job.field.aliases()
         knots = ctx.saved_tensors[job.width + len(aliases) :]
-        back = _Back(job, job.field.bind(aliases), aliases, ctx.saved_tensors[: job.width], knots)
-        a, totals = back.through(cotangents[: job.width], cotangents[job.width :])
+        bound, states = job.field.bind(aliases), ctx.saved_tensors[: job.width]
+        if job.problem.per_sample:
+            a, totals = back_through_rows(job, bound, aliases, states, cotangents)
+        else:
+            back = _Back(job, bound, aliases, states, knots)
+            a, totals = back.through(cotangents[: job.width], cotangents[job.width :])
         gradients = [
             None if g is None else g.to(x.dtype) for g, x in zip(totals, aliases, strict=True)
         ]

@@ -1,0 +1,195 @@
+"""The continuous adjoint where every row has its own steps, backward as well as forward.
+
+The parameters are shared by the rows, whose steps are accepted one row at a time: so their gradient
+is no part of the steps, but a quadrature over each accepted one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnf.error import IntegrationError
+from cnf.ode.field import Evaluation, Field
+from cnf.ode.gradient.problem import Job, add_gradients, vjp
+from cnf.ode.integrate import Accepted, Problem, Stats, integrate
+from cnf.ode.interpolate import interpolant
+from cnf.ode.method import OwnPace
+from cnf.ode.state import Leaves, largest, row_rms
+
+# three nodes of Gauss and Legendre on (0, 1): exact for polynomials of degree 5
+_NODES = (0.5 - 0.15**0.5, 0.5, 0.5 + 0.15**0.5)
+_WEIGHTS = (5 / 18, 8 / 18, 5 / 18)
+
+
+def back_through_rows(
+    job: Job, field: Field, aliases: Leaves, states: Leaves, cotangents: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Gradients by the first state and by the named tensors.
+
+    states: at the arrivals, (slots, batch, …); cotangents: of these and of the integrals.
+    """
+    problem, width = job.problem, job.width
+    times, states = _in_order(job, states)
+    wanted = tuple(x for x in aliases if x.requires_grad)
+    bars = [bar[-1] for bar in cotangents]
+    totals: list[Tensor | None] = [None] * len(wanted)
+    for i in range(len(times) - 1, 0, -1):
+        y = tuple(leaf[i] for leaf in states)
+        c = bars[width:]
+        if np.any(times[i] != times[i - 1]):
+            a = _interval(problem, field, wanted, times[[i, i - 1]], y, bars, totals, job.stats)
+        else:
+            a = bars[:width]
+        bars = [bar + more[i - 1] for bar, more in zip([*a, *c], cotangents, strict=True)]
+    found = iter(totals)
+    return bars[:width], [next(found) if x.requires_grad else None for x in aliases]
+
+
+def _in_order(job: Job, states: Leaves) -> tuple[np.ndarray, Leaves]:
+    """Arrivals in the order of time for every row: what an event kept from being reached is put
+    at the event, and the event of a row without one at its last time.
+    """
+    path = job.path[0]
+    times = path.times[0].copy()
+    if path.stopped is None or len(times) == len(job.problem.times):
+        return times, states
+    ends, direction = times[-1], job.problem.direction
+    met = ~np.isnan(ends)
+    late = met & ((times - np.where(met, ends, 0.0)) * direction >= 0)
+    times = np.where(late, ends, times)
+    times[-1] = np.where(met, ends, times[-2])
+    device = states[0].device
+    late_rows, met_rows = torch.from_numpy(late).to(device), torch.from_numpy(met).to(device)
+
+    def moved(leaf: Tensor) -> Tensor:
+        shape = [1] * (leaf.ndim - 2)
+        end = torch.where(met_rows.reshape(-1, *shape), leaf[-1], leaf[-2])
+        leaf = torch.where(late_rows.reshape(*late_rows.shape, *shape), end, leaf)
+        return torch.cat([leaf[:-1], end[None]])
+
+    return times, tuple(map(moved, states))
+
+
+def _interval(
+    problem: Problem,
+    field: Field,
+    wanted: Leaves,
+    span: np.ndarray,
+    y: Leaves,
+    bars: Sequence[Tensor],
+    totals: list[Tensor | None],
+    stats: Stats,
+) -> list[Tensor]:
+    """The adjoint at the start of one interval; adds the named tensors' gradients to `totals`.
+
+    Each row's cotangents are solved for at unit size; one that is not finite makes every gradient
+    of the row NaN.
+    """
+    width = len(y)
+    scale = largest([row_rms(bar) for bar in bars])
+    scale = torch.where(scale == 0, 1.0, scale)
+    units = [
+        torch.where(_across(scale, bar).isfinite(), bar / _across(scale, bar), 0.0) for bar in bars
+    ]
+    augmented = _Augmented(field, field.row_wise, tuple(units[width:]), width, stats)
+    adjoint = replace(
+        problem, field=augmented, times=span, watch=None, dense=False,
+        control=_plain(problem.control),
+    )  # fmt: skip
+    quadrature = _Quadrature(adjoint, augmented, wanted, scale, totals)
+    backward = Stats()
+    try:
+        found = integrate(adjoint, (*y, *units[:width]), backward, keep=quadrature)
+    except IntegrationError as error:
+        error.partial = None  # what was reached is the adjoint's, not the solution's
+        raise
+    return [leaf[1] * _across(scale, leaf[1]) for leaf in found.states[0][width:]]
+
+
+def _plain(control: Any) -> Any:
+    return (
+        replace(control, quadrature_atol=None) if hasattr(control, "quadrature_atol") else control
+    )
+
+
+def _across(scale: Tensor, leaf: Tensor) -> Tensor:
+    return scale.to(leaf.real.dtype).reshape(-1, *[1] * (leaf.ndim - 1))
+
+
+@dataclass(frozen=True)
+class _Augmented:
+    """(y, a) ↦ (f, −a ∂f/∂y − c ∂rates/∂y), row by row."""
+
+    field: Field
+    row_wise: bool
+    rates_bar: Leaves
+    width: int
+    stats: Stats
+
+    def take(self, rows: Tensor) -> _Augmented:
+        """The same for some rows of the batch."""
+        bars = tuple(bar.index_select(0, rows) for bar in self.rates_bar)
+        return replace(self, field=self.field.take(rows), rates_bar=bars)
+
+    def __call__(self, t: Any, state: Leaves) -> Evaluation:
+        y = tuple(leaf.detach().requires_grad_() for leaf in state[: self.width])
+        value = self.value(t, y)
+        found = vjp((*value.slope, *value.rates), self.bars(value, state), y)
+        pulled = (torch.zeros_like(x) if g is None else -g for g, x in zip(found, y, strict=True))
+        return Evaluation((*(leaf.detach() for leaf in value.slope), *pulled), ())
+
+    def value(self, t: Any, y: Leaves) -> Evaluation:
+        """The field with its graph."""
+        self.stats.nfe_backward += 1
+        with torch.enable_grad(), self.field.precision:
+            return self.field(t, y)
+
+    def bars(self, value: Evaluation, state: Leaves) -> Leaves:
+        """Cotangents of the field's slope and rates."""
+        rates = (bar.to(rate.dtype) for bar, rate in zip(self.rates_bar, value.rates, strict=True))
+        return (*state[self.width :], *rates)
+
+
+class _Quadrature(list[Accepted]):
+    """∫ a ∂f/∂θ dt, added up step by step as the loop accepts them; nothing is kept."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        augmented: _Augmented,
+        wanted: Leaves,
+        scale: Tensor,
+        totals: list[Tensor | None],
+    ) -> None:
+        super().__init__()
+        self._problem, self._augmented = problem, augmented
+        self._wanted, self._scale, self._totals = wanted, scale, totals
+
+    def append(self, one: Accepted) -> None:
+        if not self._wanted:
+            return
+        field = self._rows(one)
+        scale = self._scale if one.rows is None else self._scale.index_select(0, one.rows)
+        problem = self._problem
+        pace = OwnPace(field, one.t, one.h)
+        first = pace.scaled(problem.first_stage(field, one.t, one.h, one.y))
+        inside = interpolant(problem.method, pace, 0.0, 1.0, one.y, first)
+        for node, weight in zip(_NODES, _WEIGHTS, strict=True):
+            state = inside(node)
+            y = tuple(leaf.detach() for leaf in state[: field.width])
+            field = self._rows(one)  # anew: its graph serves once
+            value = field.value(torch.add(one.t, one.h, alpha=node), y)
+            size = one.h * scale.double() * -weight
+            bars = [bar * _across(size, bar) for bar in field.bars(value, state)]
+            found = vjp((*value.slope, *value.rates), bars, self._wanted)
+            add_gradients(self._totals, found)
+
+    @torch.enable_grad()  # gradients of aligned tensors go through their rows
+    def _rows(self, one: Accepted) -> _Augmented:
+        return self._augmented if one.rows is None else self._augmented.take(one.rows)
