@@ -171,6 +171,17 @@ def clip(value: Number, low: float, high: Number) -> Any:
     return min(max(value, low), high)
 
 
+def on_grid(size: np.ndarray) -> np.ndarray:
+    """The nearest sizes of 16 an octave; 0 and infinity stay.
+
+    Step sizes amplify rounding: each depends on the error of the last, some tenfold every few
+    steps.  On a grid the differences that a row's neighbours make in the last bits die out, and a
+    row alone takes the very steps that it takes in any batch.
+    """
+    with np.errstate(divide="ignore"):
+        return np.exp2(np.rint(np.log2(size) * 16) / 16)
+
+
 def sane_ratio(ratio: Number) -> Any:
     """Error over tolerance within bounds where its powers are finite; NaN is the largest."""
     if isinstance(ratio, np.ndarray):

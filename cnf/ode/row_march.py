@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cnf.error import IntegrationError
-from cnf.ode.control import Adaptive
+from cnf.ode.control import Adaptive, on_grid
 from cnf.ode.event import locate
 from cnf.ode.field import Evaluation
 from cnf.ode.interpolate import interpolant
@@ -96,7 +96,7 @@ class _RowMarch:
             torch.zeros_like(rate, dtype=precise_dtype(rate)) for rate in first.rates
         )
         self.direction = problem.direction
-        self.size = first_size(problem, self.evaluate, self.y, first)
+        self.size = self._grid(first_size(problem, self.evaluate, self.y, first))
         self.counts[0] = stats.calls
         self.tiniest = tiniest(problem)
         self.targets, self.labels = _targets(problem)
@@ -186,7 +186,7 @@ class _RowMarch:
         factor = control.factor(ratio, self.problem.method.order, self.ratios)
         grown = control.after(self.size, length, factor, self.refused > 0)
         shrunk = control.within(length * factor)
-        self.size = np.where(accept, grown, np.where(refuse, shrunk, self.size))
+        self.size = self._grid(np.where(accept, grown, np.where(refuse, shrunk, self.size)))
         self.refused = np.where(refuse, self.refused + 1, np.where(accept, 0, self.refused))
         last, before = self.ratios
         self.ratios = (
@@ -200,6 +200,11 @@ class _RowMarch:
         if stuck.any():
             raise self._failure("the step vanished", self.rows[stuck])
         return accept
+
+    def _grid(self, size: Array) -> Array:
+        """Sizes that do not carry the rounding of a batch's arithmetic; fixed ones stay."""
+        control = self.problem.control
+        return control.within(on_grid(size)) if isinstance(control, Adaptive) else size
 
     def _accept(self, step: Step, accept: Array, h: Array, end: Array, slot: Array) -> None:
         """Move the rows whose steps were good enough; the others stay where they are."""
@@ -236,9 +241,9 @@ class _RowMarch:
             taken = np.flatnonzero(accept)
             rows = torch.from_numpy(self.rows[taken]).to(device)
             y = _take(self.y, torch.from_numpy(taken).to(device))
-        t, h = (on_device(x[taken], self.y) for x in (self.t, np.where(accept, h, 0.0)))
+        start, length = on_device(self.t[taken], y), on_device(np.where(accept, h, 0.0)[taken], y)
         reached = torch.from_numpy(np.where(accept, slot, -1)[taken]).to(device)
-        self.out.record.append(Accepted(rows, t, h, y, reached))
+        self.out.record.append(Accepted(rows, start, length, y, reached))
 
     def _pass_reached(self) -> None:
         """Go on to each row's next target that lies ahead; rows without one have arrived."""

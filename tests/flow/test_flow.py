@@ -900,3 +900,24 @@ def test_whiten_keeps_the_precision_of_the_flow():
     x = 1e9 + torch.randn(100, 1, dtype=F64)  # all the same in float32
     flow = Flow(1, hidden=(4,)).double().whiten(x)
     assert flow.encode(x).std().item() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("divergence", ["auto", "tangents", "hutchinson"])
+def test_a_row_alone_is_worth_what_it_is_in_any_batch(divergence):
+    flow = small(size=0.6, divergence=divergence).double()
+    x = 2 * torch.randn(40, 2, dtype=F64)
+    together, order = flow.log_prob(x), torch.randperm(40)
+    assert torch.allclose(flow.log_prob(x[order]), together[order], rtol=0, atol=1e-9)
+    assert torch.allclose(flow.log_prob(x, chunk=7), together, rtol=0, atol=1e-9)
+    alone = torch.cat([flow.log_prob(row[None]) for row in x])
+    assert torch.allclose(alone, together, rtol=0, atol=1e-9)
+    assert torch.allclose(flow.encode(x[:3]), flow.encode(x)[:3], rtol=0, atol=1e-9)
+
+
+def test_a_field_that_is_no_row_wise_one_keeps_the_steps_that_rows_share():
+    def field(t, x):
+        return torch.cos(t) * x  # for t of shape (batch,) this fails, or means something else
+
+    flow, x = Flow(2, field=field, **TIGHT), torch.randn(6, 2)
+    expected = torch.exp(-torch.sin(torch.tensor(1.0))) * x
+    assert torch.allclose(flow.encode(x), expected, atol=1e-5)
