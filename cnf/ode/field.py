@@ -11,6 +11,7 @@ a second time inside the solve.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -93,6 +94,8 @@ class Field:
 
     def bind(self, tensors: Sequence[Tensor]) -> Field:
         """The same field, reading `tensors` in the place of its own."""
+        if all(map(operator.is_, tensors, self.tensors)):
+            return self
         passed = tuple(tensors[: len(self.passed)])
         taken = zip(self.captured, tensors[len(self.passed) :], strict=True)
         substitutes = {id(old): new for old, new in taken if old is not new}
@@ -141,7 +144,8 @@ def name_tensors(
     """(passed, captured): what the field is called with, and what it reads by itself.
 
     params are passed where the field's signature asks for them, f(t, y, *rows, *params);
-    else the field is taken to capture them.
+    else the field is taken to capture them.  What it captures is looked for only where gradients
+    are enabled.
     """
     for name, tensors in (("rows", rows), ("params", params)):
         if isinstance(tensors, Tensor):
@@ -151,7 +155,8 @@ def name_tensors(
         if not isinstance(tensor, Tensor):
             where = f"rows[{i}]" if i < len(rows) else f"params[{i - len(rows)}]"
             raise InputError(f"{where} must be a tensor, got {type(tensor).__name__}")
-    found = tuple(_unique(x for _, x in _reads(call, set()) if x.is_leaf and x.requires_grad))
+    read = _reads(call, set()) if torch.is_grad_enabled() else ()
+    found = tuple(_unique(x for _, x in read if x.is_leaf and x.requires_grad))
     if given and _asks_for(call, 2 + len(rows) + len(given)):
         return (*rows, *given), found
     known = {id(p) for p in found}

@@ -49,11 +49,10 @@ def interpolant(
     weights = _weights(method)
     if weights is not None:
         assert isinstance(method, ExplicitRungeKutta)
-        stages = [stage.slope for stage in method.stages(field, t, h, y, first)]
         return Polynomial(
             tuple(
                 [leaf, *(_sum(h, column, ks) for column in zip(*weights, strict=True))]
-                for leaf, ks in zip(y, zip(*stages, strict=True), strict=True)
+                for leaf, ks in zip(y, method.stages(field, t, h, y, first), strict=True)
             )
         )
     return _hermite(method, field, t, h, y, first)

@@ -144,7 +144,7 @@ class _March:
 
     def _judge(self, step: Step, length: float, control: Adaptive) -> bool:
         """Whether the step is good enough; chooses the size of the next attempt."""
-        ratio = error_ratio(step, self.y, control).item()  # the one device-to-host read
+        ratio = error_ratio(step, self.y, control)  # the one device-to-host read
         factor = control.factor(ratio, self.problem.method.order, self.ratios)
         if not control.accepts(ratio, length):
             self.refused += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from cnf.error import InputError
 from cnf.ode.field import Evaluation
 from cnf.ode.state import Leaves, combine, weighted_sum
-from cnf.ode.tableau import TABLEAUS, Tableau
+from cnf.ode.tableau import TABLEAUS, Tableau, Weights
 
 Evaluate = Callable[[Any, Leaves], Evaluation]  # time: a float, or (rows,) where rows have theirs
 
@@ -70,34 +70,38 @@ class ExplicitRungeKutta:
         self, field: Evaluate, t: float, h: float, y: Leaves, first: Evaluation, estimate: bool
     ) -> Step:
         tableau = self.tableau
-        stages, at = self._stages(field, t, h, y, first, estimate)
+        slopes, rates, at, last = self._stages(field, t, h, y, first, estimate)
         lands = estimate and tableau.fsal
-        y1 = at if lands else _state(y, stages, tableau.b, h)
-        increment = _integral(stages, tableau.b, h)
+        y1 = at if lands else _moved(y, slopes, tableau.b_weights, h)
+        increment = _sums(rates, tableau.b_weights, h)
         if not estimate:
             return Step(y1, increment)
-        assert tableau.error is not None  # the front door pairs methods and controls
-        with torch.no_grad():
-            error = _error(stages, tableau.error, h)
-            increment_error = _integral(stages, tableau.error, h)
-        return Step(y1, increment, stages[-1] if lands else None, error, increment_error)
+        if torch.is_grad_enabled():
+            slopes, rates = _detached(slopes), _detached(rates)
+        error = _sums(slopes, tableau.error_weights, h)
+        increment_error = _sums(rates, tableau.error_weights, h)
+        return Step(y1, increment, last if lands else None, error, increment_error)
 
     def stages(
         self, field: Evaluate, t: float, h: float, y: Leaves, first: Evaluation
-    ) -> list[Evaluation]:
-        """The field at every stage of the step."""
+    ) -> list[list[Tensor]]:
+        """Of each leaf, its slopes at every stage of the step."""
         return self._stages(field, t, h, y, first, True)[0]
 
     def _stages(
         self, field: Evaluate, t: float, h: float, y: Leaves, first: Evaluation, every: bool
-    ) -> tuple[list[Evaluation], Leaves]:
-        """The stages, those for the error alone if `every` is asked for; the last one's state."""
-        tableau = self.tableau
-        stages, at = [first], y
+    ) -> tuple[list[list[Tensor]], list[list[Tensor]], Leaves, Evaluation]:
+        """(slopes, rates) of each leaf at the stages, those for the error alone if `every` is asked
+        for; where the last stage is, and the field there.
+        """
+        tableau, at, value = self.tableau, y, first
+        slopes, rates = [[k] for k in first.slope], [[k] for k in first.rates]
         for i in range(1, tableau.stages if every else tableau.used_stages):
-            at = _state(y, stages, tableau.a[i], h)
-            stages.append(field(t + tableau.c[i] * h, at))
-        return stages, at
+            at = _moved(y, slopes, tableau.a_weights[i], h)
+            value = field(t + tableau.c[i] * h, at)
+            for ks, k in zip((*slopes, *rates), (*value.slope, *value.rates), strict=True):
+                ks.append(k)
+        return slopes, rates, at, value
 
 
 def take_step(
@@ -153,18 +157,13 @@ def choose_method(method: str | Tableau | Method) -> Method:
     return ExplicitRungeKutta(TABLEAUS[method])
 
 
-def _state(y: Leaves, stages: Sequence[Evaluation], weights: Sequence[float], h: float) -> Leaves:
-    if len(y) == 1:
-        return (combine(y[0], [stage.slope[0] for stage in stages], weights, h),)
-    slopes = zip(*(stage.slope for stage in stages), strict=True)
-    return tuple(combine(leaf, ks, weights, h) for leaf, ks in zip(y, slopes, strict=True))
+def _moved(y: Leaves, slopes: list[list[Tensor]], weights: Weights, h: float) -> Leaves:
+    return tuple([combine(leaf, ks, weights, h) for leaf, ks in zip(y, slopes, strict=True)])
 
 
-def _error(stages: Sequence[Evaluation], weights: Sequence[float], h: float) -> Leaves:
-    slopes = zip(*(stage.slope for stage in stages), strict=True)
-    return tuple(weighted_sum(ks, weights, h) for ks in slopes)
+def _sums(slopes: list[list[Tensor]], weights: Weights, h: float) -> Leaves:
+    return tuple([weighted_sum(ks, weights, h) for ks in slopes])
 
 
-def _integral(stages: Sequence[Evaluation], weights: Sequence[float], h: float) -> Leaves:
-    rates = zip(*(stage.rates for stage in stages), strict=True)
-    return tuple(weighted_sum(ks, weights, h) for ks in rates)
+def _detached(slopes: list[list[Tensor]]) -> list[list[Tensor]]:
+    return [[k.detach() for k in ks] for ks in slopes]

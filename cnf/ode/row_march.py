@@ -180,7 +180,7 @@ class _RowMarch:
 
     def _judge(self, step: Step, length: Array, control: Adaptive) -> Array:
         """Which rows' steps are good enough; chooses the sizes of the next attempt."""
-        ratio = error_ratio(step, self.y, control).double().cpu().numpy()  # the one read
+        ratio = error_ratio(step, self.y, control)  # the one device-to-host read
         good = control.accepts(ratio, length)
         accept, refuse = self.alive & good, self.alive & ~good
         factor = control.factor(ratio, self.problem.method.order, self.ratios)

@@ -233,8 +233,9 @@ def _first_look(
     first = Evaluation(*(tuple(leaf.detach() for leaf in part) for part in first))
     if per_sample:
         _check_rates(first.rates, len(start[0]))
-    rates = seen[0] if seen else None
-    return replace(field, rates=rates, captured=field.captured + found), first
+    if seen or found:
+        field = replace(field, rates=seen[0] if seen else None, captured=field.captured + found)
+    return field, first
 
 
 def _check_rates(rates: Leaves, batch: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from cnf.error import InputError
 
 Leaves = tuple[Tensor, ...]
+Weights = Sequence[tuple[int, float]]  # (index of a slope, its weight)
 
 
 class Structure:
@@ -24,41 +26,39 @@ class Structure:
 
     def leaves(self, state: Any, name: str = "the state") -> Leaves:
         """The tensors of `state`, in order; raises InputError where it is built differently."""
+        if self._shape is None and isinstance(state, Tensor):  # the usual case, once a stage
+            return (state,)
         return tuple(_leaves(self._shape, state, name))
 
     def build(self, leaves: Sequence[Tensor]) -> Any:
         """A state of this structure from its leaves."""
-        return _build(self._shape, iter(leaves))
+        return leaves[0] if self._shape is None else _build(self._shape, iter(leaves))
 
 
-def combine(y: Tensor, slopes: Sequence[Tensor], weights: Sequence[float], h: float) -> Tensor:
-    """y + h Σ weights_i slopes_i, of y's shape and dtype; never changes y.
+def combine(y: Tensor, slopes: Sequence[Tensor], weights: Weights, h: float) -> Tensor:
+    """y + h Σ weight · slopes[index], of y's shape and dtype; never changes y.
 
     The sum grows in place: no kernel saves it for backward, so one form serves with a graph and
     without.
     """
-    total: Tensor | None = None
-    for slope, weight in zip(slopes, weights, strict=False):
-        if weight == 0.0:
-            continue
-        if total is None:
-            total = torch.add(y, slope, alpha=h * weight)
-        else:
-            total.add_(slope, alpha=h * weight)
-    return y if total is None else total
+    if not weights:
+        return y
+    index, weight = weights[0]
+    total = torch.add(y, slopes[index], alpha=h * weight)
+    for index, weight in weights[1:]:
+        total.add_(slopes[index], alpha=h * weight)
+    return total
 
 
-def weighted_sum(slopes: Sequence[Tensor], weights: Sequence[float], h: float) -> Tensor:
-    """h Σ weights_i slopes_i, of the slopes' shape and dtype."""
-    total: Tensor | None = None
-    for slope, weight in zip(slopes, weights, strict=False):
-        if weight == 0.0:
-            continue
-        if total is None:
-            total = slope * (h * weight)
-        else:
-            total.add_(slope, alpha=h * weight)
-    return torch.zeros_like(slopes[0]) if total is None else total
+def weighted_sum(slopes: Sequence[Tensor], weights: Weights, h: float) -> Tensor:
+    """h Σ weight · slopes[index], of the slopes' shape and dtype."""
+    if not weights:
+        return torch.zeros_like(slopes[0])
+    index, weight = weights[0]
+    total = slopes[index] * (h * weight)
+    for index, weight in weights[1:]:
+        total.add_(slopes[index], alpha=h * weight)
+    return total
 
 
 def rms(x: Tensor) -> Tensor:
@@ -68,8 +68,13 @@ def rms(x: Tensor) -> Tensor:
 
 def row_rms(x: Tensor) -> Tensor:
     """Root mean square of each row's entries, real, of shape (rows,)."""
-    flat = x.flatten(1) if x.ndim > 1 else x.unsqueeze(1)
+    flat = as_matrix(x)
     return torch.linalg.vector_norm(flat, dim=1) / max(flat.shape[1], 1) ** 0.5
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """x, (rows, …), as (rows, entries)."""
+    return x.flatten(1) if x.ndim > 1 else x.unsqueeze(1)
 
 
 def largest(values: Sequence[Tensor]) -> Tensor:
@@ -79,9 +84,8 @@ def largest(values: Sequence[Tensor]) -> Tensor:
 
 def is_finite(leaves: Leaves) -> bool:
     """Whether every entry is finite: one device-to-host read."""
-    if not leaves:
-        return True
-    return bool(torch.stack([torch.isfinite(leaf).all() for leaf in leaves]).all())
+    sizes = [torch.linalg.vector_norm(leaf, math.inf) for leaf in leaves if leaf.numel()]
+    return not sizes or math.isfinite(largest(sizes).item())
 
 
 def precise_dtype(leaf: Tensor) -> torch.dtype:

@@ -17,6 +17,7 @@ from math import fsum, isfinite
 from cnf.error import InputError, whole_number
 
 Row = tuple[float, ...]
+Weights = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,28 @@ class Tableau:
         return self.stages > 1 and self.c[-1] == 1.0 and (*self.a[-1], 0.0) == self.b
 
     @cached_property
+    def a_weights(self) -> tuple[Weights, ...]:
+        """Row by row the weights of a that are not 0, each with the index of its stage."""
+        return tuple(map(_nonzero, self.a))
+
+    @cached_property
+    def b_weights(self) -> Weights:
+        """The weights of b that are not 0, each with the index of its stage."""
+        return _nonzero(self.b)
+
+    @cached_property
+    def error_weights(self) -> Weights:
+        """The weights of the error that are not 0, each with the index of its stage."""
+        return _nonzero(self.error or ())
+
+    @cached_property
     def used_stages(self) -> int:
         """Stages that y1 needs: those after the last non-zero weight serve the error alone."""
         return max(i for i, weight in enumerate(self.b) if weight != 0.0) + 1
+
+
+def _nonzero(row: Row) -> Weights:
+    return tuple((i, weight) for i, weight in enumerate(row) if weight != 0.0)
 
 
 def _row(values: Sequence[float]) -> Row:

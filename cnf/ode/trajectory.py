@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from cnf.error import IntegrationError
-from cnf.ode.control import Adaptive, Control, FixedStep
+from cnf.ode.control import Adaptive, Control, FixedStep, choose
 from cnf.ode.event import Watch
 from cnf.ode.field import Evaluation
 from cnf.ode.method import Evaluate, Method, OwnPace, Step, take_step
-from cnf.ode.state import Leaves, combine, largest, rms, row_rms
+from cnf.ode.state import Leaves, as_matrix
 
 Count = Any  # an int, or an int64 tensor of shape (batch,) where every row has its own steps
 Times = Any  # a tuple of floats, or a float64 array of shape (times, batch)
@@ -171,20 +171,23 @@ class Counted:
         return self._field(t, y)
 
 
-@torch.no_grad()
-def error_ratio(step: Step, y: Leaves, control: Adaptive) -> Tensor:
+def error_ratio(step: Step, y: Leaves, control: Adaptive) -> Any:
     """Estimated error over tolerance: the largest RMS of the state's leaves and integrals.
 
-    0-d, or (rows,) where every row has its own steps.
+    On the host, by one device-to-host read: a float, or (rows,) where every row has its own steps.
     """
-    norm = row_rms if control.per_sample else rms
-    ratios = [
-        norm(error / _tolerance(torch.maximum(y0.abs(), y1.abs()), control))
-        for error, y0, y1 in zip(step.error, y, step.y, strict=True)
+    end = step.y
+    if torch.is_grad_enabled():
+        y, end = (tuple(leaf.detach() for leaf in leaves) for leaves in (y, end))
+    parts = [
+        error / _tolerance(torch.maximum(y0.abs(), y1.abs()), control)
+        for error, y0, y1 in zip(step.error, y, end, strict=True)
     ]
+    units = [_unit(control)] * len(parts)
     if control.quadrature_atol is not None:
-        ratios += [norm(error) / control.quadrature_atol for error in step.increment_error]
-    return largest(ratios)
+        parts += step.increment_error
+        units += [control.quadrature_atol] * len(step.increment_error)
+    return _largest_rms(parts, units, control.per_sample)
 
 
 @torch.no_grad()
@@ -193,32 +196,29 @@ def first_size(problem: Problem, evaluate: Evaluate, y: Leaves, first: Evaluatio
 
     Source: Hairer, Nørsett & Wanner I, section II.4, starting step.
     """
-    control, span = problem.control, np.asarray(problem.span)
+    control, span = problem.control, problem.span
     if isinstance(control, FixedStep):
-        return _like(np.full_like(span, control.step_size, dtype=np.float64), problem)
+        return choose(np.isfinite(span), control.step_size, control.step_size)
     if control.first_step is not None:
-        wanted = control.within(np.minimum(control.first_step, span))
-        return _like(wanted, problem)
-    norm = row_rms if control.per_sample else rms
+        return control.within(_smaller(control.first_step, span))
     scales = tuple(_tolerance(leaf.abs(), control) for leaf in y)
-    height, slope = _host([_norm(y, scales, norm), _norm(first.slope, scales, norm)])
-    whole = np.where(np.isfinite(span), span, 1.0)
+    height, slope = (_in_tolerances(leaves, scales, control) for leaves in (y, first.slope))
+    whole = choose(np.isfinite(span), span, 1.0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        trial = 0.01 * height / slope
-    trial = np.where((height > 1e-5) & (slope > 1e-5), trial, 1e-6 * whole)
-    trial = np.minimum(trial, span)
-    usable = np.isfinite(trial) & (trial > 0)  # else the loop will shrink it, or say what is wrong
-    trial = np.where(usable, trial, 0.0)
-    then = _ahead(problem, evaluate, y, first, _like(trial, problem))
-    change = tuple(k1 - k0 for k0, k1 in zip(first.slope, then.slope, strict=True))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        bend = _host([_norm(change, scales, norm)])[0] / trial
-        steepest = np.fmax(slope, bend)
+        trial = choose((height > 1e-5) & (slope > 1e-5), 0.01 * height / slope, 1e-6 * whole)
+        trial = _smaller(trial, span)
+        # a field that is not finite, say: the loop will shrink the step, or say what is wrong
+        usable = np.isfinite(trial) & (trial > 0)
+        trial = choose(usable, trial, 0.0)
+        then = _ahead(problem, evaluate, y, first, trial)
+        change = tuple(map(torch.sub, then.slope, first.slope))
+        bend = _in_tolerances(change, scales, control) / trial
+        steepest = choose(bend > slope, bend, slope)
         guess = (0.01 / steepest) ** (1 / problem.method.order)
-    found = np.minimum(np.minimum(100 * trial, guess), span)
-    found = np.where(np.isfinite(guess), found, trial)
-    still = ~usable | (steepest <= 1e-15)  # the field stands still here
-    return _like(control.within(np.where(still, whole, found)), problem)
+    found = choose(np.isfinite(guess), _smaller(_smaller(100 * trial, guess), span), trial)
+    moves = usable & (steepest > 1e-15)  # else the field stands still here
+    size = control.within(choose(moves, found, whole))
+    return size if problem.per_sample else float(size)
 
 
 def _ahead(
@@ -231,8 +231,8 @@ def _ahead(
         first, at = OwnPace(evaluate, start, h).scaled(first), 1.0
     else:
         at = h
-    ahead = tuple(combine(leaf, [k], [1.0], at) for leaf, k in zip(y, first.slope, strict=True))
-    return evaluate(start + h, ahead)
+    ahead = (torch.add(leaf, k, alpha=at) for leaf, k in zip(y, first.slope, strict=True))
+    return evaluate(start + h, tuple(ahead))
 
 
 def on_device(numbers: np.ndarray, y: Leaves) -> Tensor:
@@ -241,21 +241,49 @@ def on_device(numbers: np.ndarray, y: Leaves) -> Tensor:
     return tensor.to(y[0].device, non_blocking=True)
 
 
-def _host(values: Sequence[Tensor]) -> np.ndarray:
-    return torch.stack([value.double() for value in values]).cpu().numpy()
+def _smaller(a: Any, b: Any) -> Any:
+    """The smaller of two numbers, or of two of each row; `a` where it is NaN."""
+    return choose(a > b, b, a)
 
 
-def _like(value: Any, problem: Problem) -> Any:
-    return np.asarray(value) if problem.per_sample else float(value)
+def _unit(control: Adaptive) -> float:
+    """What `_tolerance` leaves out: on small tensors a product costs as much as on the host."""
+    return control.rtol or control.atol
 
 
 def _tolerance(size: Tensor, control: Adaptive) -> Tensor:
-    """atol + rtol·size, in place; never 0, since a part that stays 0 would have the error 0/0."""
-    return size.mul_(control.rtol).add_(max(control.atol, torch.finfo(size.dtype).tiny))
+    """atol + rtol·size in units of `_unit`, in place.
+
+    Never 0, since a part that stays 0 would have the error 0/0.
+    """
+    limits = torch.finfo(size.dtype)
+    offset = max(control.atol, limits.tiny) / (control.rtol or math.inf)
+    return size.add_(offset) if 0 < offset < limits.max else size.fill_(1.0)
 
 
-def _norm(leaves: Leaves, scales: Leaves, norm: Any) -> Tensor:
-    return largest([norm(leaf / scale) for leaf, scale in zip(leaves, scales, strict=True)])
+def _in_tolerances(leaves: Leaves, scales: Leaves, control: Adaptive) -> Any:
+    """The largest RMS of the leaves over their scales, a float64 number or one for each row."""
+    parts = list(map(torch.div, leaves, scales))
+    found = _largest_rms(parts, [_unit(control)] * len(parts), control.per_sample)
+    return np.asarray(found)[()]
+
+
+def _largest_rms(parts: Sequence[Tensor], units: Sequence[float], of_rows: bool) -> Any:
+    """The largest RMS of the parts, each in its own unit, NaN where one of them is.
+
+    On the host: a float, or (rows,) for the RMS of each row.
+    """
+    if len(parts) == 1 and not of_rows:
+        return torch.linalg.vector_norm(parts[0]).item() / (units[0] * _root(parts[0].numel()))
+    rows = [as_matrix(part) if of_rows else part.flatten()[None] for part in parts]
+    norms = torch.stack([torch.linalg.vector_norm(row, dim=1).double() for row in rows])
+    weights = [1 / (unit * _root(row.shape[1])) for unit, row in zip(units, rows, strict=True)]
+    largest = (norms.cpu().numpy().T * weights).max(-1)
+    return largest if of_rows else float(largest[0])
+
+
+def _root(size: int) -> float:
+    return math.sqrt(size or 1)
 
 
 def failure(
@@ -287,7 +315,6 @@ def tiniest(problem: Problem) -> Any:
     """The shortest step worth trying: below it time does not advance; one for each row if rows
     have their own.
     """
-    times = np.abs(np.asarray(problem.times, dtype=np.float64))
-    scale = np.maximum(times[0], np.where(np.isfinite(times[-1]), times[-1], 1.0))
-    span = np.where(np.isfinite(problem.span), problem.span, 1.0)
-    return _like(1e-13 * np.maximum(scale, span), problem)
+    start, end, span = abs(problem.times[0]), abs(problem.times[-1]), problem.span
+    longest = -_smaller(-start, -choose(np.isfinite(end), end, 1.0))
+    return -1e-13 * _smaller(-longest, -choose(np.isfinite(span), span, 1.0))

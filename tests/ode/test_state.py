@@ -73,28 +73,28 @@ def test_a_state_built_otherwise_is_refused(example, state, says):
 def test_a_combination_is_y_plus_h_times_the_weighted_slopes(dtype):
     y, *ks = torch.randn(4, 3, 2, dtype=dtype)
     copies = [x.clone() for x in (y, *ks)]
-    got = combine(y, ks, [0.5, 0.0, -2.0], 0.1)
+    got = combine(y, ks, [(0, 0.5), (2, -2.0)], 0.1)
     assert torch.allclose(got, y + 0.1 * (0.5 * ks[0] - 2.0 * ks[2]))
-    assert torch.allclose(weighted_sum(ks, [0.5, 0.0, -2.0], 0.1), got - y)
+    assert torch.allclose(weighted_sum(ks, [(0, 0.5), (2, -2.0)], 0.1), got - y)
     assert all(torch.equal(x, copy) for x, copy in zip((y, *ks), copies, strict=True))
 
 
 def test_a_combination_of_one_slope_with_itself_leaves_it_as_it_was():
     y = torch.ones(1).expand(3)  # stride 0: written to in place, all entries would change
-    combine(y, [y, y, y], [1.0, 1.0, 1.0], 1.0)
-    weighted_sum([y, y, y], [1.0, 1.0, 1.0], 1.0)
+    combine(y, [y, y, y], [(0, 1.0), (1, 1.0), (2, 1.0)], 1.0)
+    weighted_sum([y, y, y], [(0, 1.0), (1, 1.0), (2, 1.0)], 1.0)
     assert y.tolist() == [1.0, 1.0, 1.0]
 
 
 def test_a_combination_without_weights_is_y_or_zero():
-    assert combine(one, [two], [0.0], 1.0) is one
-    assert weighted_sum([two], [0.0], 1.0).tolist() == [0.0, 0.0]
+    assert combine(one, [two], [], 1.0) is one
+    assert weighted_sum([two], [], 1.0).tolist() == [0.0, 0.0]
 
 
 def test_a_combination_carries_gradients():
     y, *ks = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    assert torch.autograd.gradcheck(lambda *x: combine(x[0], x[1:], [0.3, -0.7], 0.1), (y, *ks))
-    assert torch.autograd.gradcheck(lambda *x: weighted_sum(x, [0.3, -0.7], 0.1), tuple(ks))
+    assert torch.autograd.gradcheck(lambda *x: combine(x[0], x[1:], [(0, 0.3), (1, -0.7)], 0.1), (y, *ks))
+    assert torch.autograd.gradcheck(lambda *x: weighted_sum(x, [(0, 0.3), (1, -0.7)], 0.1), tuple(ks))
 
 
 def test_the_root_mean_square_counts_entries_and_not_rows():
