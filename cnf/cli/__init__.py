@@ -53,11 +53,20 @@ def _run(argv: Sequence[str] | None) -> int:
     except SystemExit:  # --help and --version have been answered
         arguments = None
     if arguments is not None:
-        # idle threads sleep: where others share the cores, spinning ones cost most of the time
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        if _cores_are_busy():
+            # idle threads sleep: spinning ones keep others, and each other, from the cores
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         import_module(f"cnf.cli.{arguments.verb}").run(arguments)
     sys.stdout.flush()  # a closed pipe shows here, not after the last line of this program
     return DONE
+
+
+def _cores_are_busy() -> bool:
+    """Whether other programs have kept more than half of the cores at work for the last minute."""
+    try:
+        return os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1)
+    except OSError:  # no such figure here
+        return True
 
 
 def _fail(code: int, message: object) -> int:

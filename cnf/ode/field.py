@@ -127,8 +127,10 @@ def precision_of(device: torch.device) -> AbstractContextManager[Any]:
     """The autocast state of now, to enter again later.
 
     Without its cache of casts: a cast weight made before the solve would pass for a tensor that the
-    field captures.
+    field captures.  Where no gradients are enabled there is no later.
     """
+    if not torch.is_grad_enabled():
+        return nullcontext()
     kind = device.type
     return torch.autocast(
         kind,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cnf.allocator import keep_freed_memory
 from cnf.error import InputError, IntegrationError
 from cnf.ode.control import Adaptive, Control, FixedStep
 from cnf.ode.event import Event, Watch, as_events
@@ -34,6 +35,8 @@ from cnf.ode.outcome import Crossing, Dense, Requested, at_requested_times, even
 from cnf.ode.state import Leaves, Structure
 from cnf.ode.tableau import Tableau
 from cnf.ode.trajectory import on_device
+
+keep_freed_memory()
 
 GRADIENTS: dict[str, Gradient] = {
     "backprop": Backprop(),
