@@ -1,8 +1,10 @@
 """The value and the trace of a net with two hidden layers, in one pass and with one backward.
 
-f = A₃ φ₂(A₂ φ₁(A₁ x + b₁) + b₂) + b₃ and tr ∂f/∂x = s₂ᵀ M s₁ with s_i = φ_i'(a_i), where
-M = A₂ ∘ (A₁ A₃)ᵀ.  Written out by hand because the kernels are elementwise and bound by memory:
-autograd's chain over the same formula takes about three times as many passes.
+f = W₃ h₂ + b₃, h_i = g_i ∘ φ_i(a_i), a₁ = W₁ x + b₁, a₂ = W₂ h₁ + b₂, and with s_i = g_i ∘ φ_i'(a_i)
+tr ∂f/∂x = s₂ᵀ M s₁, where M = W₂ ∘ (W₁ W₃)ᵀ.  Shifts b and gates g are those of one time, shared
+by all rows, so that the gates are put into the matrices, which are smaller than the batch.
+Written out by hand because the kernels are elementwise and bound by memory, and small: autograd's
+chain over the same formula takes about three times as many passes.
 """
 
 from __future__ import annotations
@@ -16,15 +18,21 @@ from cnf.nets.activation import ACTIVATIONS
 
 
 class Layers(NamedTuple):
-    """The matrices and shifts of the formula; M of shape (h₂, h₁)."""
+    """The tensors of the formula: W₁ (h₁, dim), W₂ (h₂, h₁), W₃ (dim, h₂), M (h₂, h₁).
 
-    a1: Tensor
-    b1: Tensor
-    a2: Tensor
-    b2: Tensor
-    a3: Tensor
-    b3: Tensor
+    at_time: b₁, b₂, g₁, g₂ and b₃ one after the other, in one vector.
+    """
+
+    w1: Tensor
+    w2: Tensor
+    w3: Tensor
     m: Tensor
+    at_time: Tensor
+
+    def parts_of_time(self) -> tuple[Tensor, ...]:
+        """(b₁, b₂, g₁, g₂, b₃)"""
+        first, second = self.w1.shape[0], self.w3.shape[1]
+        return self.at_time.split([first, second, first, second, self.w3.shape[0]])
 
 
 Names = tuple[str, str]  # of φ₁ and φ₂
@@ -39,12 +47,13 @@ def value_and_trace(x: Tensor, layers: Layers, names: Names) -> tuple[Tensor, Te
 
 
 def _forward(x: Tensor, layers: Layers, names: Names) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    a1 = torch.addmm(layers.b1, x, layers.a1.T)
+    b1, b2, g1, g2, b3 = layers.parts_of_time()
+    a1 = torch.addmm(b1, x, layers.w1.T)
     h1, s1 = ACTIVATIONS[names[0]].slope(a1)
-    a2 = torch.addmm(layers.b2, h1, layers.a2.T)
+    a2 = torch.addmm(b2, h1, (layers.w2 * g1).T)
     h2, s2 = ACTIVATIONS[names[1]].slope(a2)
-    mixed = s1 @ layers.m.T
-    value = torch.addmm(layers.b3, h2, layers.a3.T)
+    mixed = s1 @ (layers.m * g1 * g2.unsqueeze(-1)).T
+    value = torch.addmm(b3, h2, (layers.w3 * g2).T)
     return value, (s2 * mixed).sum(-1), (a1, h1, s1, a2, h2, s2, mixed)
 
 
@@ -60,7 +69,7 @@ class _ValueAndTrace(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, value_bar: Tensor, trace_bar: Tensor
     ) -> tuple[Any, ...]:
-        inputs, hidden = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+        inputs, hidden = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         if torch.is_grad_enabled():  # a second derivative is wanted: leave it to autograd
             # aliases: x's own history leads to the same weights and must not be walked from here
             inputs = [x.view_as(x) for x in inputs]
@@ -87,21 +96,32 @@ def _backward(
     value_bar: Tensor,
     trace_bar: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Cotangents of x and of every layer."""
-    a1, h1, s1, a2, h2, s2, mixed = hidden
-    first, second = (ACTIVATIONS[name] for name in ctx.names)
-    trace_bar = trace_bar.unsqueeze(-1)
-    a3_bar, b3_bar = value_bar.T @ h2, value_bar.sum(0)
+    """Cotangents of x and of every layer.
 
-    # cotangent of a₂, through f and through s₂ in the trace
+    Those of the matrices are found with the gates in them first: a gate's own is the sum over its
+    row or column of the matrices that it scales.
+    """
+    a1, h1, s1, a2, h2, s2, mixed = hidden
+    _, _, g1, g2, _ = layers.parts_of_time()
+    first, second = (ACTIVATIONS[name] for name in ctx.names)
+    trace_bar, outer = trace_bar.unsqueeze(-1), g2.unsqueeze(-1)
+    w3_in = value_bar.T @ h2
+
+    # cotangent of a₂, through f and through φ₂' in the trace
     a2_in = second.curve(a2, h2, s2).mul_(mixed).mul_(trace_bar)
-    a2_in.addcmul_(value_bar @ layers.a3, s2)
+    a2_in.addcmul_(value_bar @ (layers.w3 * g2), s2)
     mixed_bar = s2 * trace_bar
-    m_bar, s1_bar = mixed_bar.T @ s1, mixed_bar @ layers.m
-    a2_bar, b2_bar = a2_in.T @ h1, a2_in.sum(0)
+    m_half = layers.m * g1
+    m_in, s1_bar = mixed_bar.T @ s1, mixed_bar @ (m_half * outer)
+    w2_in = a2_in.T @ h1
 
     a1_in = first.curve(a1, h1, s1).mul_(s1_bar)
-    a1_in.addcmul_(a2_in @ layers.a2, s1)
-    a1_bar, b1_bar = a1_in.T @ x, a1_in.sum(0)
-    x_bar = a1_in @ layers.a1 if ctx.needs_input_grad[1] else None
-    return x_bar, a1_bar, b1_bar, a2_bar, b2_bar, a3_bar, b3_bar, m_bar
+    a1_in.addcmul_(a2_in @ (layers.w2 * g1), s1)
+    w1_bar = a1_in.T @ x
+    x_bar = a1_in @ layers.w1 if ctx.needs_input_grad[1] else None
+
+    m_outer = m_in * outer
+    g1_bar = torch.addcmul(w2_in * layers.w2, m_outer, layers.m).sum(0)
+    g2_bar = (w3_in * layers.w3).sum(0).add_((m_in * m_half).sum(1))
+    time_bar = torch.cat([a1_in.sum(0), a2_in.sum(0), g1_bar, g2_bar, value_bar.sum(0)])
+    return x_bar, w1_bar, w2_in.mul_(g1), w3_in.mul_(g2), m_outer.mul_(g1), time_bar

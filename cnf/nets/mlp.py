@@ -111,20 +111,10 @@ class BilinearMLP(MLP):
 
     def with_divergence(self, t: Tensor, x: Tensor, mixing: Tensor) -> tuple[Tensor, Tensor]:
         """(f, tr ∂f/∂x) of shapes (batch, dim) and (batch,); mixing: what `prepare` returned."""
-        shifts, gates, drift = self.time(t)
         if len(self.weights) == 2 and t.ndim == 0:
-            # one time for all rows: put the gates into the matrices, smaller than the batch
-            g1, g2 = gates
-            layers = Layers(
-                a1=self.weights[0],
-                b1=shifts[0],
-                a2=self.weights[1] * g1,
-                b2=shifts[1],
-                a3=self.out * g2,
-                b3=drift,
-                m=mixing * g1 * g2.unsqueeze(-1),
-            )
+            layers = Layers(*self.weights, self.out, mixing, self.time.vector(t))
             return value_and_trace(x, layers, (self.activations[0], self.activations[1]))
+        shifts, gates, drift = self.time(t)
         h, slope = ACTIVATIONS[self.activations[0]].slope(_affine(x, self.weights[0], shifts[0]))
         h, slope = h * gates[0], slope * gates[0]
         if len(self.weights) == 1:
@@ -155,11 +145,15 @@ class _TimeLayer(nn.Module):
         return self.bias.split(self.sizes)[layer]
 
     def forward(self, t: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor]:
-        angles = t.unsqueeze(-1) * self.angles
-        features = torch.cat([t.unsqueeze(-1) - 0.5, angles.cos(), angles.sin()], -1)
-        parts = nn.functional.linear(features, self.weight, self.bias).split(self.sizes, -1)
+        parts = self.vector(t).split(self.sizes, -1)
         layers = self.hidden_layers
         return parts[:layers], parts[layers:-1], parts[-1]
+
+    def vector(self, t: Tensor) -> Tensor:
+        """All shifts, all gates and the output's shift one after the other, (*t.shape, …)."""
+        angles = t.unsqueeze(-1) * self.angles
+        features = torch.cat([t.unsqueeze(-1) - 0.5, angles.cos(), angles.sin()], -1)
+        return nn.functional.linear(features, self.weight, self.bias)
 
 
 def _affine(x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
