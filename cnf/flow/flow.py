@@ -20,6 +20,7 @@ from cnf.data.rows import as_rows
 from cnf.error import InputError, whole_number
 from cnf.flow.continuous import Solver, move, move_with_logdet
 from cnf.flow.divergence import Divergence, choose_divergence
+from cnf.flow.marginals import Marginals
 from cnf.flow.recipe import fit_flow
 from cnf.flow.storage import damaged, fill, pack, read, write
 from cnf.flow.transform import Whiten, standard_normal_log_prob
@@ -53,8 +54,10 @@ class Flow(nn.Module):
     t 0-d or (batch,); base: a torch distribution over vectors, by default the standard normal;
     divergence: "auto" (the closed form where the field has one, else exact tangents), or a
     ClosedForm, Tangents or Hutchinson; whiten: whether `fit` puts the data's affine whitening
-    inside the flow; method, step_size, rtol, atol, gradient: as for `solve`; logdet_atol: the
-    tolerance of log-densities in nats per step; seed: of the initial weights.
+    inside the flow; marginals: "auto" lets it put a monotone map of every column before that where
+    rows held out say so (skewed columns, columns with edges), None does not; method, step_size,
+    rtol, atol, gradient: as for `solve`; logdet_atol: the tolerance of log-densities in nats per
+    step; seed: of the initial weights.
     An untrained flow is the identity: its density is the base's.
     Source: Chen et al. 2018, section 4; Grathwohl et al. 2019.
 
@@ -74,6 +77,7 @@ class Flow(nn.Module):
         base: Distribution | None = None,
         divergence: str | Divergence = "auto",
         whiten: bool = True,
+        marginals: str | None = "auto",
         method: str | Tableau | Method = "dopri5",
         step_size: float | None = None,
         rtol: float = 1e-5,
@@ -86,11 +90,15 @@ class Flow(nn.Module):
         self.dim = dim = whole_number("dim", dim, 1)
         self.hidden = _checked_widths(hidden)
         self.whitens = whiten
+        if marginals not in ("auto", None):
+            raise InputError(f"marginals must be 'auto' or None, got {marginals!r}")
+        self.maps_marginals = marginals is not None
         self.divergence = divergence
         adaptive = Adaptive(rtol, atol, quadrature_atol=logdet_atol)
         control = adaptive if step_size is None else FixedStep(step_size)
         self.solver = Solver(method, control, gradient)
         self.base = _checked_base(base, dim)
+        self.marginals = Marginals(dim)
         self.whitening = Whiten(dim)
         if field is not None and not callable(field):
             raise InputError(f"field must be a function f(t, x) or a module, got {field!r}")
@@ -132,8 +140,9 @@ class Flow(nn.Module):
         self, x: Tensor, divergence: Divergence, solver: Solver
     ) -> tuple[Tensor, Stats]:
         """Log-density of rows (batch, dim) by a divergence and a solver, unchecked; the cost."""
-        moved = move_with_logdet(self.field, divergence, self.whitening(x), TO_BASE, solver)
-        log_prob = self._base_log_prob(moved.x) + moved.logdet + self.whitening.logdet()
+        z, logdet = self.white(x)
+        moved = move_with_logdet(self.field, divergence, z, TO_BASE, solver)
+        log_prob = self._base_log_prob(moved.x) + moved.logdet + logdet
         return log_prob.to(x.dtype), moved.stats
 
     @overload
@@ -182,7 +191,7 @@ class Flow(nn.Module):
         """The base's points, (…, dim), that the flow carries to x (…, dim)."""
         rows, shape = self._rows(x)
         parts = [
-            move(self.field, self.whitening(part), TO_BASE, self.solver.for_rows(self.field, part))
+            move(self.field, self.white(part)[0], TO_BASE, self.solver.for_rows(self.field, part))
             for part in self._chunks(rows, CHUNK)
         ]
         return torch.cat(parts).reshape(*shape, self.dim)
@@ -234,9 +243,19 @@ class Flow(nn.Module):
         return self
 
     def whiten(self, x: Any) -> Self:
-        """This flow with its affine map set from data (rows, dim): full covariance, shrunk."""
-        self.whitening.fit(as_rows(x, self.dim, dtype=self.dtype))
+        """This flow with its maps set from data (rows, dim): the columns' own, if any are called
+        for, then an affine one of full covariance, shrunk.
+        """
+        rows = as_rows(x, self.dim, dtype=self.dtype)
+        if self.maps_marginals:
+            self.marginals.fit(rows)
+        self.whitening.fit(self.marginals(rows)[0])
         return self
+
+    def white(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x, (batch, dim), where the ODE ends: whitened; log |det| of that map, (batch,)."""
+        y, logdet = self.marginals(x)
+        return self.whitening(y), logdet + self.whitening.logdet()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights and settings to one .safetensors file, atomically."""
@@ -265,6 +284,7 @@ class Flow(nn.Module):
         try:
             flow = cls(**settings, field=field, base=base)
             flow.to(tensors["whitening.mean"].dtype)
+            flow.marginals.take_shapes(tensors, "marginals.")
         except InputError:
             raise  # a base= that does not fit, say
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -286,6 +306,7 @@ class Flow(nn.Module):
             "hidden": list(self.hidden),
             "divergence": pack("divergence", self.divergence),
             "whiten": self.whitens,
+            "marginals": "auto" if self.maps_marginals else None,
             "method": pack("method", self.solver.method),
             "step_size": control.step_size if isinstance(control, FixedStep) else None,
             "rtol": adaptive.rtol,
@@ -311,11 +332,15 @@ class Flow(nn.Module):
     def _decode(self, z: Tensor, with_log_prob: bool) -> tuple[Tensor, Tensor]:
         solver = self.solver.for_rows(self.field, z)
         if not with_log_prob:
-            x = move(self.field, z, TO_DATA, solver)
-            return self.whitening.invert(x), x.new_empty(0)
+            x = self._unwhite(move(self.field, z, TO_DATA, solver))
+            return x, x.new_empty(0)
         moved = move_with_logdet(self.field, self.chosen_divergence(), z, TO_DATA, solver)
-        log_prob = self._base_log_prob(z) - moved.logdet + self.whitening.logdet()
-        return self.whitening.invert(moved.x), log_prob.to(z.dtype)
+        x = self._unwhite(moved.x)
+        log_prob = self._base_log_prob(z) - moved.logdet + self.white(x)[1]
+        return x, log_prob.to(z.dtype)
+
+    def _unwhite(self, z: Tensor) -> Tensor:
+        return self.marginals.invert(self.whitening.invert(z))
 
     def _base_log_prob(self, z: Tensor) -> Tensor:
         if self.base is None or len(z) == 0:  # torch's Independent fails without rows

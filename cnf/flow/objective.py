@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from cnf.flow.continuous import Solver
 from cnf.flow.divergence import Divergence, Hutchinson
-from cnf.flow.transform import Whiten
 from cnf.ode.control import Adaptive
 from cnf.ode.integrate import Stats
 
@@ -21,10 +20,10 @@ class Trainable(Protocol):
     """What the objectives need of a flow, which is an nn.Module besides."""
 
     field: nn.Module
-    whitening: Whiten
     solver: Solver
 
     def chosen_divergence(self) -> Divergence: ...
+    def white(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
     def log_prob_of_rows(
         self, x: Tensor, divergence: Divergence, solver: Solver
     ) -> tuple[Tensor, Stats]: ...
@@ -73,7 +72,7 @@ class FlowMatching(nn.Module):
         self.neighbours = neighbours
 
     def forward(self, x: Tensor) -> Tensor:
-        end = self.flow.whitening(x)
+        end = self.flow.white(x)[0]
         start = torch.randn_like(end)
         batch = len(end)
         t = (torch.rand((), device=end.device) + torch.arange(batch, device=end.device) / batch) % 1

@@ -90,7 +90,7 @@ def fit_flow(
     with seeded(seed, flow.device):
         split = split_rows(x, flow, validation)
         if flow.whitens and not flow.whitening.is_fitted:
-            flow.whitening.fit(_sample_of(split.training, flow))
+            flow.whiten(_sample_of(split.training, flow))
         batches = split.batches(batch_size, flow)
         records = _run(flow, plans, batches, split.validation)
         shown = _bar(records, plans) if progress else records

@@ -22,7 +22,7 @@ from cnf.ode.gradient.checkpoint import Checkpoint
 from cnf.ode.tableau import Tableau
 from cnf.replace import replacing
 
-FORMAT = 1  # of the file; raised when an older reader would misread it
+FORMAT = 2  # of the file; raised when an older reader would misread it
 VALUES = {
     kind.__name__: kind
     for kind in (ClosedForm, Tangents, Hutchinson, Backprop, Checkpoint, Adjoint, Tableau)

@@ -1,7 +1,7 @@
 """The value and the trace of a net with two hidden layers, in one pass and with one backward.
 
-f = W₃ h₂ + b₃, h_i = g_i ∘ φ_i(a_i), a₁ = W₁ x + b₁, a₂ = W₂ h₁ + b₂, and with s_i = g_i ∘ φ_i'(a_i)
-tr ∂f/∂x = s₂ᵀ M s₁, where M = W₂ ∘ (W₁ W₃)ᵀ.  Shifts b and gates g are those of one time, shared
+f = W₃ h₂ + b₃, h_i = g_i ∘ φ_i(a_i), a₁ = W₁ x + b₁, a₂ = W₂ h₁ + b₂, and tr ∂f/∂x = s₂ᵀ M s₁ with
+s_i = g_i ∘ φ_i'(a_i) and M = W₂ ∘ (W₁ W₃)ᵀ.  Shifts b and gates g are those of one time, shared
 by all rows, so that the gates are put into the matrices, which are smaller than the batch.
 Written out by hand because the kernels are elementwise and bound by memory, and small: autograd's
 chain over the same formula takes about three times as many passes.

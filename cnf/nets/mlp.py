@@ -112,7 +112,8 @@ class BilinearMLP(MLP):
     def with_divergence(self, t: Tensor, x: Tensor, mixing: Tensor) -> tuple[Tensor, Tensor]:
         """(f, tr ∂f/∂x) of shapes (batch, dim) and (batch,); mixing: what `prepare` returned."""
         if len(self.weights) == 2 and t.ndim == 0:
-            layers = Layers(*self.weights, self.out, mixing, self.time.vector(t))
+            first, second = self.weights
+            layers = Layers(first, second, self.out, mixing, self.time.vector(t))
             return value_and_trace(x, layers, (self.activations[0], self.activations[1]))
         shifts, gates, drift = self.time(t)
         h, slope = ACTIVATIONS[self.activations[0]].slope(_affine(x, self.weights[0], shifts[0]))

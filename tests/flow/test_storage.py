@@ -306,17 +306,17 @@ def rewritten(path, change=None, settings=None):
 @pytest.mark.parametrize(
     "metadata",
     [None, {}, {"format": "pt"}, {"cnf": ""}, {"cnf": "no json"}, {"cnf": "[1]"}, {"cnf": "{}"},
-     {"cnf": '{"format": 1}'}, {"cnf": "[" * 100_000}],
+     {"cnf": '{"format": 2}'}, {"cnf": "[" * 100_000}],
 )  # fmt: skip
 def test_another_programs_safetensors_are_refused(metadata, tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "other", metadata)
     assert "is damaged or is no file that flow.save wrote" in refusal(tmp_path / "other")
 
 
-@pytest.mark.parametrize("number", [2, 0, "1", None, 1.5])
+@pytest.mark.parametrize("number", [1, 3, 0, "2", None, 1.5])
 def test_another_format_is_refused(number, saved):
     sentence = refusal(rewritten(saved, settings={"format": number}))
-    assert f"has format {number!r}, this version reads format 1" in sentence
+    assert f"has format {number!r}, this version reads format 2" in sentence
 
 
 @pytest.mark.parametrize(

@@ -93,8 +93,12 @@ def test_a_combination_without_weights_is_y_or_zero():
 
 def test_a_combination_carries_gradients():
     y, *ks = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    assert torch.autograd.gradcheck(lambda *x: combine(x[0], x[1:], [(0, 0.3), (1, -0.7)], 0.1), (y, *ks))
-    assert torch.autograd.gradcheck(lambda *x: weighted_sum(x, [(0, 0.3), (1, -0.7)], 0.1), tuple(ks))
+    assert torch.autograd.gradcheck(
+        lambda *x: combine(x[0], x[1:], [(0, 0.3), (1, -0.7)], 0.1), (y, *ks)
+    )
+    assert torch.autograd.gradcheck(
+        lambda *x: weighted_sum(x, [(0, 0.3), (1, -0.7)], 0.1), tuple(ks)
+    )
 
 
 def test_the_root_mean_square_counts_entries_and_not_rows():
