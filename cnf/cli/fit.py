@@ -14,7 +14,7 @@ import torch
 
 from cnf import __version__
 from cnf.cli.device import usable_device
-from cnf.cli.folder import FIGURES, MODEL, RunFolder, claimed_folder, json_text
+from cnf.cli.folder import CONFIG, FIGURES, MODEL, RunFolder, claimed_folder, json_text
 from cnf.cli.picture import save_density, save_training
 from cnf.cli.source import Source, read_source
 from cnf.flow.flow import Flow
@@ -66,8 +66,9 @@ def _source(arguments: Namespace) -> Source:
 
 
 def _flow(source: Source, arguments: Namespace) -> Flow:
-    widths = {} if arguments.hidden is None else {"hidden": arguments.hidden}
-    return Flow(source.dim, seed=arguments.seed, **widths)
+    return Flow(
+        source.dim, hidden=arguments.hidden, bandwidth=arguments.bandwidth, seed=arguments.seed
+    )
 
 
 def _out(arguments: Namespace, source: Source) -> str:
@@ -108,6 +109,7 @@ def _train(flow: Flow, source: Source, arguments: Namespace, folder: RunFolder) 
     if not history:  # a budget too small for one step
         folder.begin(config)
     flow.save(folder.path / MODEL)
+    folder.write_json(CONFIG, _config(flow, source, arguments))  # the field is chosen by now
     return history
 
 
@@ -133,12 +135,14 @@ def _config(flow: Flow, source: Source, arguments: Namespace) -> dict[str, Any]:
     }
 
 
-def _cost(flow: Flow, history: list[Progress]) -> dict[str, float]:
-    """What training took."""
+def _cost(flow: Flow, history: list[Progress]) -> dict[str, Any]:
+    """What training took, and the field that it chose."""
     skipped = {record.phase: record.skipped for record in history}  # counted anew in each phase
     return {
         "steps": len(history),
         "skipped": sum(skipped.values()),
+        "hidden": flow.shape.hidden,
+        "bandwidth": flow.shape.bandwidth,
         "parameters": sum(weight.numel() for weight in flow.parameters()),
         "training_seconds": history[-1].seconds if history else 0.0,
     }
@@ -150,6 +154,7 @@ def _closing_lines(figures: dict[str, Any], folder: Path) -> list[str]:
     lines = [
         ("time", f"{trained:.1f} s for {figures['steps']:,} steps, {total:.1f} s in all"),
     ]
+    lines.append(("field", _described(figures)))
     if figures["skipped"]:
         lines.append(("skipped", f"{figures['skipped']:,} batches whose loss was not finite"))
     lines += [
@@ -158,3 +163,10 @@ def _closing_lines(figures: dict[str, Any], folder: Path) -> list[str]:
         ("", f"cnf logprob {folder} FILE -o log_prob.csv"),
     ]
     return [f"{name:<14}{text}" for name, text in lines]
+
+
+def _described(figures: dict[str, Any]) -> str:
+    """The default field in words."""
+    widths, band = " and ".join(map(str, figures["hidden"])), figures["bandwidth"]
+    sines = "no sines" if band is None else f"sines of {band[0]:g} to {band[1]:g}"
+    return f"hidden layers of {widths}, {sines}, {figures['parameters']:,} parameters"

@@ -162,7 +162,17 @@ def _fit_arguments(verb: Parser) -> None:
         "--seed", metavar="K", type=_seed, default=0, help="of data, weights and batches (0)"
     )
     training.add_argument(
-        "--hidden", metavar="128,128", type=_widths, help="widths of the field's hidden layers"
+        "--hidden",
+        metavar="128,128",
+        type=_widths,
+        help="widths of the field's hidden layers (default: chosen on the data)",
+    )
+    training.add_argument(
+        "--bandwidth",
+        metavar="LOW,HIGH",
+        type=_band,
+        default="auto",
+        help="frequencies of the first layer's sines, or none (default: chosen on the data)",
     )
     training.add_argument(
         "--method",
@@ -237,6 +247,15 @@ def _positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
+
+
+def _band(text: str) -> tuple[float, ...] | None:
+    if text == "none":
+        return None
+    ends = tuple(_positive(end.strip()) for end in text.split(","))
+    if len(ends) != 2 or ends[0] > ends[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LOW,HIGH such as 0.5,6, nor none")
+    return ends
 
 
 def _widths(text: str) -> tuple[int, ...]:

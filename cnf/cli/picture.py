@@ -77,7 +77,7 @@ def _phases(history: Sequence[Progress]) -> list[tuple[float, str]]:
     starts: dict[str, float] = {}
     for record in history:
         starts.setdefault(record.phase, record.seconds)
-    names = {"fm": "flow matching", "ml": "maximum likelihood"}
+    names = {"pilot": "trials", "fm": "flow matching", "ml": "maximum likelihood"}
     return [(seconds, names[phase]) for phase, seconds in starts.items()]
 
 

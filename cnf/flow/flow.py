@@ -5,6 +5,7 @@ Time runs from t = 0, the base, to t = 1, the data.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ from cnf.error import InputError, whole_number
 from cnf.flow.continuous import Solver, move, move_with_logdet
 from cnf.flow.divergence import Divergence, choose_divergence
 from cnf.flow.marginals import Marginals
+from cnf.flow.pilot import BANDWIDTHS, WIDTHS, Bandwidth, Shape
 from cnf.flow.recipe import fit_flow
 from cnf.flow.storage import damaged, fill, pack, read, write
 from cnf.flow.transform import Whiten, standard_normal_log_prob
@@ -50,14 +52,16 @@ class Info:
 class Flow(nn.Module):
     """A density over vectors of `dim` features; as a module, forward(x) is log_prob(x).
 
-    hidden: widths of the default field; field: one's own f(t, x) → dx/dt instead, x (batch, dim),
-    t 0-d or (batch,); base: a torch distribution over vectors, by default the standard normal;
-    divergence: "auto" (the closed form where the field has one, else exact tangents), or a
-    ClosedForm, Tangents or Hutchinson; whiten: whether `fit` puts the data's affine whitening
-    inside the flow; marginals: "auto" lets it put a monotone map of every column before that where
-    rows held out say so (skewed columns, columns with edges), None does not; method, step_size,
-    rtol, atol, gradient: as for `solve`; logdet_atol: the tolerance of log-densities in nats per
-    step; seed: of the initial weights.
+    hidden: widths of the default field, (128, 128) until the first fit, which tries others if none
+    are given; bandwidth: (low, high), the angular frequencies of its first layer's sines per
+    standard deviation, None for no sines, "auto" likewise for (0.5, 6) until the first fit;
+    field: one's own f(t, x) → dx/dt instead, x (batch, dim), t 0-d or (batch,); base: a torch
+    distribution over vectors, by default the standard normal; divergence: "auto" (the closed form
+    where the field has one, else exact tangents), or a ClosedForm, Tangents or Hutchinson; whiten:
+    whether `fit` puts the data's affine whitening inside the flow; marginals: "auto" lets it put a
+    monotone map of every column before that where rows held out say so (skewed columns, columns
+    with edges), None does not; method, step_size, rtol, atol, gradient: as for `solve`;
+    logdet_atol: the tolerance of log-densities in nats per step; seed: of the initial weights.
     An untrained flow is the identity: its density is the base's.
     Source: Chen et al. 2018, section 4; Grathwohl et al. 2019.
 
@@ -72,7 +76,8 @@ class Flow(nn.Module):
         self,
         dim: int,
         *,
-        hidden: Sequence[int] = (128, 128),
+        hidden: Sequence[int] | None = None,
+        bandwidth: tuple[float, float] | str | None = "auto",
         field: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
         base: Distribution | None = None,
         divergence: str | Divergence = "auto",
@@ -88,7 +93,8 @@ class Flow(nn.Module):
     ) -> None:
         super().__init__()
         self.dim = dim = whole_number("dim", dim, 1)
-        self.hidden = _checked_widths(hidden)
+        self._open_shape = (hidden is None, isinstance(bandwidth, str))
+        self.shape = Shape(_checked_widths(hidden), _checked_bandwidth(bandwidth))
         self.whitens = whiten
         if marginals not in ("auto", None):
             raise InputError(f"marginals must be 'auto' or None, got {marginals!r}")
@@ -103,7 +109,12 @@ class Flow(nn.Module):
         if field is not None and not callable(field):
             raise InputError(f"field must be a function f(t, x) or a module, got {field!r}")
         self.has_own_field = field is not None
-        self.field = _default_field(dim, self.hidden, seed) if field is None else field
+        if field is None:
+            with seeded(seed, torch.get_default_device()):
+                field = self.new_field(self.shape)
+        else:
+            self._open_shape = (False, False)
+        self.field = field
         self.chosen_divergence()  # a name that does not exist is refused here
 
     def forward(self, x: Tensor) -> Tensor:
@@ -220,9 +231,11 @@ class Flow(nn.Module):
         """This flow, fitted to rows x of shape (rows, dim); a second fit goes on from here.
 
         method: "fm" (flow matching), "ml" (maximum likelihood), or "auto": the first as a warm
-        start, then the second; seconds or steps: the budget, by default 50 seconds; validation: a
-        share of the rows, or rows of their own, on which the best weights are chosen; callback: is
-        given a Progress record after every step; progress: a bar on stderr.
+        start, then the second.  What is open of the default field is chosen first, by short trials
+        that are judged on the validation rows.  seconds or steps: the budget, by default 50
+        seconds; validation: a share of the rows, or rows of their own, on which the best weights
+        are chosen; callback: is given a Progress record after every step; progress: a bar on
+        stderr.
         Raises InputError for data that cannot be fitted; IntegrationError or TrainingError where
         training cannot go on.
         """
@@ -292,6 +305,27 @@ class Flow(nn.Module):
         fill(flow, tensors, path)
         return flow
 
+    @property
+    def hidden(self) -> tuple[int, ...]:
+        """Widths of the default field's hidden layers."""
+        return self.shape.hidden
+
+    @property
+    def open_shape(self) -> tuple[bool, bool]:
+        """Whether a fit may choose the widths, and the bandwidth: of an untrained field alone."""
+        open_to_fit = any(self._open_shape) and not self.field.out.any()  # pyright: ignore
+        return self._open_shape if open_to_fit else (False, False)
+
+    def new_field(self, shape: Shape) -> MLP:
+        """A default field of that shape, untrained, where the flow is and of its precision."""
+        kind = BilinearMLP if len(shape.hidden) <= 2 else MLP
+        field = kind(self.dim, shape.hidden, bandwidth=shape.bandwidth)
+        return field.to(self.device, self.dtype)
+
+    def take_field(self, field: nn.Module, shape: Shape) -> None:
+        """Put another default field in the place of this one; its shape is then settled."""
+        self.field, self.shape, self._open_shape = field, shape, (False, False)
+
     def chosen_divergence(self) -> Divergence:
         """The divergence in use: what "auto" stands for with this field."""
         return choose_divergence(self.divergence, self.field)
@@ -303,7 +337,8 @@ class Flow(nn.Module):
         adaptive = control if isinstance(control, Adaptive) else Adaptive()
         return {
             "dim": self.dim,
-            "hidden": list(self.hidden),
+            "hidden": list(self.shape.hidden),
+            "bandwidth": self.shape.bandwidth,
             "divergence": pack("divergence", self.divergence),
             "whiten": self.whitens,
             "marginals": "auto" if self.maps_marginals else None,
@@ -389,12 +424,9 @@ def _name_of(value: Any) -> str:
     return getattr(value, "__qualname__", f"{kind.__module__}.{kind.__qualname__}")
 
 
-def _default_field(dim: int, hidden: tuple[int, ...], seed: int | None) -> MLP:
-    with seeded(seed, torch.get_default_device()):
-        return (BilinearMLP if len(hidden) <= 2 else MLP)(dim, hidden)
-
-
-def _checked_widths(hidden: Sequence[int]) -> tuple[int, ...]:
+def _checked_widths(hidden: Sequence[int] | None) -> tuple[int, ...]:
+    if hidden is None:
+        return WIDTHS[0]
     try:
         widths = tuple(whole_number("each width in hidden", width, 1) for width in hidden)
     except TypeError:
@@ -402,6 +434,23 @@ def _checked_widths(hidden: Sequence[int]) -> tuple[int, ...]:
     if not widths:
         raise InputError(f"hidden must hold one width or more, such as (128, 128), got {hidden!r}")
     return widths
+
+
+def _checked_bandwidth(bandwidth: Any) -> Bandwidth:
+    if bandwidth is None:
+        return None
+    if bandwidth == "auto":
+        return BANDWIDTHS[0]
+    try:
+        low, high = (float(value) for value in bandwidth)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not 0 < low <= high < math.inf:
+        raise InputError(
+            "bandwidth must be two angular frequencies 0 < low ≤ high such as (0.5, 6.0), None or "
+            f"'auto', got {bandwidth!r}"
+        )
+    return low, high
 
 
 def _checked_base(base: Distribution | None, dim: int) -> Distribution | None:

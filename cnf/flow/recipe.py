@@ -1,4 +1,6 @@
-"""How a flow is fitted: a split, flow matching as a warm start, then maximum likelihood."""
+"""How a flow is fitted: a split, trials of the field where it is open, flow matching as a warm
+start, then maximum likelihood.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,7 @@ from tqdm import tqdm
 from cnf.data.rows import HUGE, as_rows, as_table, check_values, quoted, reason
 from cnf.error import InputError, IntegrationError, whole_number
 from cnf.flow.objective import FlowMatching, MaximumLikelihood, Trainable
+from cnf.flow.pilot import choose_field, pilot_plan
 from cnf.training.loop import Best, Plan, Progress, put, train
 from cnf.training.seed import seeded
 
@@ -95,10 +98,13 @@ def fit_flow(
         records = _run(flow, plans, batches, split.validation)
         shown = _bar(records, plans) if progress else records
         # closed here: an error's traceback would keep them, and the best weights, waiting
-        with closing(records), closing(shown):
-            for record in shown:
-                if callback is not None:
-                    callback(record)
+        try:
+            with closing(records), closing(shown):
+                for record in shown:
+                    if callback is not None:
+                        callback(record)
+        finally:
+            flow.zero_grad()  # of the field that is now in place
 
 
 def _move(flow: Any, device: str | torch.device) -> None:
@@ -115,11 +121,17 @@ def _run(
     flow: Any, plans: list[Plan], batches: Callable[[], Tensor], validation: Tensor
 ) -> Generator[Progress]:
     """The records of all phases; whatever ends them, the flow is left with its best weights."""
+    elapsed = 0.0
+    score = _Score(flow, validation)
+    if plans[0].phase == "pilot":
+        trials, *plans = plans
+        later = sum(plan.seconds or 0.0 for plan in plans)
+        for record in choose_field(flow, batches, score, trials):
+            yield replace(record, remaining=(trials.seconds or 0.0) - record.seconds + later)
+            elapsed = record.seconds
     parameters = [p for p in flow.parameters() if p.requires_grad]
     best = Best()
-    score = _Score(flow, validation)
     best.offer(score(), [p.detach() for p in parameters])  # a fit never ends worse than it began
-    elapsed = 0.0
     try:
         for i, plan in enumerate(plans):
             later = sum(after.seconds or 0.0 for after in plans[i + 1 :])
@@ -143,8 +155,6 @@ def _run(
     finally:
         if best.weights:
             put(parameters, best.weights)
-        for parameter in parameters:
-            parameter.grad = None
 
 
 def _plans(
@@ -158,19 +168,31 @@ def _plans(
         if value is not None and not (isinstance(value, Real) and 0 < value < float("inf")):
             raise InputError(f"{name} must be a number > 0, got {value!r}")
     steps = None if steps is None else whole_number("steps", steps, 1)
+    if steps is None:
+        seconds = seconds or SECONDS
+    whole = Plan("fm", steps=steps, seconds=seconds, lr=lr or LEARNING_RATE["fm"])
     phases = _phases(flow, method)[:steps]
-    plans = []
-    for i, phase in enumerate(phases):
-        rate = lr or LEARNING_RATE[phase]
-        plan = Plan(phase, lr=rate, patience=8, validations=12)
-        share = (MATCHING_SHARE, 1 - MATCHING_SHARE)[i] if len(phases) == 2 else 1.0
-        if steps is None:
-            plans.append(replace(plan, seconds=(seconds or SECONDS) * share))
-        else:
-            first = max(1, min(round(steps * MATCHING_STEPS), steps - 1))
-            count = steps if len(phases) == 1 else (first, steps - first)[i]
-            plans.append(replace(plan, steps=count))
-    return plans
+    pilot = pilot_plan(flow, whole) if "fm" in phases else None
+    if pilot is not None:
+        left = None if steps is None else steps - (pilot.steps or 0)
+        whole = replace(whole, steps=left, seconds=(seconds or 0.0) - (pilot.seconds or 0.0))
+    plans = [
+        replace(part, phase=phase, lr=lr or LEARNING_RATE[phase], patience=8, validations=12)
+        for part, phase in zip(_shares(whole, len(phases)), phases, strict=True)
+    ]
+    return plans if pilot is None else [pilot, *plans]
+
+
+def _shares(whole: Plan, phases: int) -> list[Plan]:
+    """The parts of the plan that one or two phases take."""
+    if phases == 1:
+        return [whole]
+    if whole.steps is None:
+        seconds = MATCHING_SHARE * (whole.seconds or 0.0)
+        rest = (whole.seconds or 0.0) - seconds
+        return [replace(whole, seconds=seconds), replace(whole, seconds=rest)]
+    steps = max(1, min(round(whole.steps * MATCHING_STEPS), whole.steps - 1))
+    return [replace(whole, steps=steps), replace(whole, steps=whole.steps - steps)]
 
 
 def _phases(flow: Any, method: str) -> list[str]:
@@ -278,6 +300,7 @@ class _Score:
         chosen = torch.linspace(0, len(rows) - 1, count, dtype=torch.float64).round().long()
         self._flow, self._rows = flow, rows[chosen.to(rows.device)]
         self._most = flow.solver.max_steps
+        self.log_prob = torch.full((count,), -math.inf)  # of the rows, when they were last scored
         self.objective: nn.Module | None = None
 
     @torch.no_grad()
@@ -288,13 +311,15 @@ class _Score:
         try:
             log_prob, stats = flow.log_prob_of_rows(rows, flow.chosen_divergence(), solver)
         except IntegrationError:
-            return float("inf")
+            self.log_prob = torch.full((len(rows),), -math.inf)
+            return math.inf
+        self.log_prob = log_prob.double().cpu()
         # weights that need so many more steps than the first ones are lost, and not worth the time
         wanted = max(LEAST_STEPS, 20 * stats.attempts)
         self._most = min(flow.solver.max_steps, wanted)
         if isinstance(self.objective, FlowMatching):
             self.objective.nfe = stats.calls
-        return -log_prob.double().mean().item()
+        return -self.log_prob.mean().item()
 
 
 def _bar(records: Iterable[Progress], plans: list[Plan]) -> Generator[Progress]:
@@ -303,7 +328,11 @@ def _bar(records: Iterable[Progress], plans: list[Plan]) -> Generator[Progress]:
         total=1000, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False,
         bar_format="{percentage:3.0f}% |{bar}| {desc}",
     ) as bar:  # fmt: skip
-        names = {"fm": "flow matching", "ml": "maximum likelihood"}
+        names = {
+            "pilot": "choosing the field",
+            "fm": "flow matching",
+            "ml": "maximum likelihood",
+        }
         validation = None
         for record in records:
             validation = record.validation if record.validation is not None else validation
