@@ -172,7 +172,7 @@ def _fit_arguments(verb: Parser) -> None:
         metavar="LOW,HIGH",
         type=_band,
         default="auto",
-        help="frequencies of the first layer's sines, or none (default: chosen on the data)",
+        help="frequencies of the first layer's sines, none, or auto: chosen on the data (auto)",
     )
     training.add_argument(
         "--method",
@@ -249,9 +249,9 @@ def _positive(text: str) -> float:
     return value
 
 
-def _band(text: str) -> tuple[float, ...] | None:
-    if text == "none":
-        return None
+def _band(text: str) -> tuple[float, ...] | str | None:
+    if text in ("none", "auto"):
+        return None if text == "none" else text
     ends = tuple(_positive(end.strip()) for end in text.split(","))
     if len(ends) != 2 or ends[0] > ends[1]:
         raise argparse.ArgumentTypeError(f"{text!r} is not LOW,HIGH such as 0.5,6, nor none")
