@@ -4,8 +4,8 @@
 
 Every method solves the 25 non-stiff problems of classes A to E at tolerances 1e-3 … 1e-10, absolute
 and relative alike, in float64, without gradients.  The error is that of the state at t = 20, of its
-worst part, against DOP853 at 1e-13.  At equal error the number of evaluations is read off each method's
-own curve (log–log, monotone); ratios are geometric means over problems and errors.
+worst part, against DOP853 at 1e-13.  At equal error the number of evaluations is read off each
+method's own curve (log–log, monotone); ratios are geometric means over problems and errors.
 """
 
 from __future__ import annotations
