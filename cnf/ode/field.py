@@ -108,13 +108,14 @@ class Field:
         hooked them: hooks wait for the whole gradient, not for each step's part of it.
         """
         captured = (
-            leaf if leaf.is_leaf and not leaf._backward_hooks else _alias(leaf)
+            leaf if leaf.is_leaf and not leaf._backward_hooks else alias(leaf)
             for leaf in self.captured
         )
-        return (*map(_alias, self.passed), *captured)
+        return (*map(alias, self.passed), *captured)
 
 
-def _alias(tensor: Tensor) -> Tensor:
+def alias(tensor: Tensor) -> Tensor:
+    """The same numbers, cut from their history; a gradient is asked for where it was."""
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from cnf.error import InputError
-from cnf.ode.gradient.problem import Solved
+from cnf.ode.event import Watch
+from cnf.ode.gradient.problem import Solved, stack
 from cnf.ode.interpolate import interpolant
 from cnf.ode.method import OwnPace
+from cnf.ode.moment import across, at_time, slide
 from cnf.ode.state import Leaves
-from cnf.ode.trajectory import Problem, on_device
+from cnf.ode.trajectory import Counted, Path, Problem, Stats, on_device
 
 
 class Crossing(NamedTuple):
@@ -89,23 +91,47 @@ def at_requested_times(problem: Problem, solved: Solved) -> Requested:
     return Requested(states, integrals, len(places))
 
 
-def events_met(problem: Problem, solved: Solved) -> Met:
+def read_at_times(
+    requested: Requested, problem: Problem, path: Path, start: Leaves, t: Tensor, stats: Stats
+) -> Requested:
+    """The same as functions of the requested times t too, which gradients then reach.
+
+    start: y0, which is no function of t[0].
+    """
+    evaluate, calls = Counted(problem.field, stats), stats.calls
+    states, integrals = [start], [tuple(torch.zeros_like(leaf[0]) for leaf in requested.integrals)]
+    for i in range(1, len(t)):
+        y, q = (tuple(leaf[i] for leaf in part) for part in (requested.states, requested.integrals))
+        moment, known, reached = t[i], problem.times[i], requested.reached
+        if isinstance(reached, np.ndarray):  # a row stays at its event, whatever the time
+            moment = torch.where(torch.from_numpy(reached[i]).to(t.device), moment, moment.detach())
+            known = np.where(reached[i], known, path.times[0][-1])
+        if not isinstance(reached, int) or i < reached:
+            y, more = at_time(problem, evaluate, known, moment, y)
+            q = tuple(a + b.to(a.dtype) for a, b in zip(q, more, strict=True))
+        states.append(y)
+        integrals.append(q)
+    stats.nfe = stats.nfe + stats.calls - calls
+    return Requested(stack(states), stack(integrals), requested.reached)
+
+
+def events_met(problem: Problem, solved: Solved, stats: Stats) -> Met:
     """Where the solution stopped, with gradients by everything that g and the solution depend on.
 
-    The located time is followed by one differentiable step of Newton's method along the solution.
+    The located time is followed by differentiable steps of Newton's method along the solution.
     """
     if problem.per_sample:
-        return _rows_met(problem, solved)
+        return _rows_met(problem, solved, stats)
     watch, path = problem.watch, solved.path
     assert watch is not None
     crossings, stop = [], None
     for j, label in enumerate(path.labels):
         if label is None or label >= 0:
             continue
-        event, moment = -1 - label, watch.clock(path.times[j])
+        event = -1 - label
         y = tuple(leaf[j] for leaf in solved.states)
         q = tuple(leaf[j] for leaf in solved.integrals)
-        found = _corrected(problem, event, path.times[j], moment, y, q)
+        found = _corrected(problem, stats, event, path.times[j], y, q)
         crossings.append(Crossing(event, found.time, watch.state.build(found.y)))
         stop = found if watch.events[event].terminal else stop
     if stop is None:
@@ -116,7 +142,7 @@ def events_met(problem: Problem, solved: Solved) -> Met:
     return stop._replace(crossings=tuple(crossings))
 
 
-def _rows_met(problem: Problem, solved: Solved) -> Met:
+def _rows_met(problem: Problem, solved: Solved, stats: Stats) -> Met:
     watch, path = problem.watch, solved.path
     assert watch is not None and path.stopped is not None
     ends = path.times[0][-1]
@@ -128,10 +154,9 @@ def _rows_met(problem: Problem, solved: Solved) -> Met:
         tuple(_rows_where(index >= 0, leaf[-1], leaf[-2]) for leaf in part)
         for part in (solved.states, solved.integrals)
     )
-    moment = watch.clock(host)
-    met = Met(torch.full_like(moment, torch.nan), index, states, integrals)
+    met = Met(torch.full_like(watch.clock(host), torch.nan), index, states, integrals)
     for event in np.unique(path.stopped[path.stopped >= 0]).tolist():
-        found = _corrected(problem, event, host, moment, states, integrals)
+        found = _corrected(problem, stats, event, host, states, integrals)
         here = index == event
         met = Met(
             torch.where(here, found.time, met.time),
@@ -149,56 +174,46 @@ def _finite_end(problem: Problem) -> np.ndarray:
 
 
 def _corrected(
-    problem: Problem, event: int, t: Any, moment: Tensor, y: Leaves, integral: Leaves
+    problem: Problem, stats: Stats, event: int, t: Any, y: Leaves, integral: Leaves
 ) -> Met:
-    """t* = t − g/ġ, y* = y + f·(t* − t): where g is zero to first order, with its gradients."""
-    watch = problem.watch
+    """The zero of g near (t, y), by Newton's method along the solution, with its derivatives.
+
+    Two of its steps are exact up to the second derivatives.
+    """
+    watch, evaluate = problem.watch, Counted(problem.field, stats)
     assert watch is not None
-    with torch.no_grad():
-        value = problem.field(t, tuple(leaf.detach() for leaf in y))
-    speed = _speed(problem, event, moment, y, value.slope)
-    shift = -watch.value(event, t, y) / speed
-    largest = 0.01 * _lengths(problem, t).to(shift)
-    shift = torch.where((speed != 0) & (shift.abs() <= largest), shift, torch.zeros_like(shift))
-    return Met(
-        moment + shift.to(moment.dtype),
-        torch.full_like(moment, event, dtype=torch.long),
-        tuple(leaf + k * _against(shift, k) for leaf, k in zip(y, value.slope, strict=True)),
-        tuple(
-            leaf + (k * _against(shift, k)).to(leaf.dtype)
-            for leaf, k in zip(integral, value.rates, strict=True)
-        ),
-    )
+    moment = watch.clock(t)
+    largest = 0.01 * _lengths(problem, t).to(moment)
+    for _ in range(2):
+        value = evaluate(moment, y)
+        shift = _newton_step(watch, event, moment, y, value.slope)
+        shift = torch.where(shift.abs() <= largest, shift, torch.zeros_like(shift))
+        y, more = slide(evaluate, moment, shift, y, value)
+        moment = moment + shift
+        integral = tuple(a + b.to(a.dtype) for a, b in zip(integral, more, strict=True))
+    return Met(moment, torch.full_like(moment, event, dtype=torch.long), y, integral)
 
 
-def _speed(problem: Problem, event: int, moment: Tensor, y: Leaves, slope: Leaves) -> Tensor:
-    """dg/dt along the solution, without a graph; 0-d or (batch,)."""
-    watch = problem.watch
-    assert watch is not None
+def _newton_step(watch: Watch, event: int, t: Tensor, y: Leaves, slope: Leaves) -> Tensor:
+    """−g/ġ along the solution, 0-d or (batch,); 0 where g stands still."""
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
-        moment = moment.detach().clone().requires_grad_()
-        leaves = tuple(leaf.detach().requires_grad_() for leaf in y)
-        value = watch.value(event, moment, leaves)
+        later = torch.zeros_like(t, requires_grad=True)
+        ahead = tuple(leaf + k * across(later, k) for leaf, k in zip(y, slope, strict=True))
+        value = watch.value(event, t + later, ahead)
         if not value.requires_grad:
-            return torch.zeros_like(moment)
-        found = torch.autograd.grad(value.sum(), (moment, *leaves), allow_unused=True)
-    total = torch.zeros_like(moment) if found[0] is None else found[0]
-    for part, k in zip(found[1:], slope, strict=True):
-        if part is not None:
-            product = (part.conj() * k).real
-            rows = len(product) if problem.per_sample else 1
-            total = total + product.reshape(rows, -1).sum(1).reshape(total.shape)
-    return total.detach()
+            return torch.zeros_like(t)
+        (speed,) = torch.autograd.grad(value.sum(), later, create_graph=again)
+    value = watch.value(event, t, y)
+    moves = speed != 0
+    # not the quotient first: its gradient where it is not taken would be 0 times infinity
+    return torch.where(moves, -value / torch.where(moves, speed, 1.0), torch.zeros_like(value))
 
 
 def _lengths(problem: Problem, t: Any) -> Tensor:
     if isinstance(t, Tensor):
         return (t - on_device(problem.times[0], (t,))).abs()
     return torch.tensor(abs(t - problem.times[0]))
-
-
-def _against(shift: Tensor, leaf: Tensor) -> Tensor:
-    return shift.to(leaf.dtype).reshape(*shift.shape, *[1] * (leaf.ndim - shift.ndim))
 
 
 def _rows_where(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
@@ -285,7 +300,7 @@ class Dense:
         inside = interpolant(problem.method, pace, 0.0, 1.0, y, pace.scaled(first))
         theta = (t - start) / h
         return tuple(
-            _horner(part, _against(theta, leaf.real))
+            _horner(part, across(theta, leaf.real))
             for part, leaf in zip(inside.coefficients, y, strict=True)
         )
 

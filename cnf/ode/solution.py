@@ -31,10 +31,12 @@ from cnf.ode.gradient.checkpoint import Checkpoint
 from cnf.ode.gradient.problem import Gradient, Solved, stacked
 from cnf.ode.integrate import Problem, Stats, integrate
 from cnf.ode.method import Method, choose_method
-from cnf.ode.outcome import Crossing, Dense, Requested, at_requested_times, events_met
+from cnf.ode.moment import from_start
+from cnf.ode.outcome import Crossing, Dense, at_requested_times, events_met, read_at_times
 from cnf.ode.state import Leaves, Structure
 from cnf.ode.tableau import Tableau
-from cnf.ode.trajectory import on_device
+from cnf.ode.tangent import carries_tangent
+from cnf.ode.trajectory import Counted, on_device
 
 keep_freed_memory()
 
@@ -141,15 +143,18 @@ def solve(
     watch = Watch(events, state, inner.clock, steps.per_sample) if events else None
     _check_events(events, steps)
     problem = Problem(inner, times, chosen, steps, max_steps, real, watch, dense)
-    clock = t if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled() else None
+    clock = t if isinstance(t, Tensor) and _is_differentiated((t,)) else None
+    start, begun = y, ()
     if clock is not None:
-        y = _depend_on_start(y, first.slope, clock)
+        y, begun = from_start(problem, Counted(inner, stats), clock[0], y)
     try:
         solved = _solve(how, problem, inner, y, first, stats)
     except IntegrationError as error:
         error.partial = _partial(state, error.partial)
         raise
-    return _result(problem, solved, first, t, clock, stats)
+    if clock is not None:
+        solved = solved.after(begun)
+    return _result(problem, solved, start, t, clock, stats)
 
 
 def check_settings(
@@ -163,8 +168,8 @@ def check_settings(
 def _solve(
     how: Gradient, problem: Problem, field: Field, y: Leaves, first: Evaluation, stats: Stats
 ) -> Solved:
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (*y, *field.tensors))
-    if wanted or (isinstance(how, Backprop) and torch.is_grad_enabled()):
+    graph = torch.is_grad_enabled() or carries_tangent((*y, *field.tensors))
+    if _is_differentiated((*y, *field.tensors)) or (isinstance(how, Backprop) and graph):
         return how.solve(problem, field, y, first, stats)
     with torch.no_grad():
         keep = problem.dense and problem.per_sample
@@ -174,20 +179,23 @@ def _solve(
 def _result(
     problem: Problem,
     solved: Solved,
-    first: Evaluation,
+    start: Leaves,
     t: Tensor | Sequence[float],
     clock: Tensor | None,
     stats: Stats,
 ) -> Solution:
-    """What the user gets of what was solved."""
+    """What the user gets of what was solved.
+
+    start: y0, not as a function of t[0]; clock: the times, where gradients are to reach them.
+    """
     field: Any = problem.field
     requested = at_requested_times(problem, solved)
-    if clock is not None:
-        requested = _depend_on_times(requested, problem, first, clock, stats)
     met = None
     if problem.watch:
-        met = events_met(problem, solved)
+        met = events_met(problem, solved, stats)
         requested = requested.after(met)
+    if clock is not None:
+        requested = read_at_times(requested, problem, solved.path, start, clock, stats)
     if not isinstance(t, Tensor):
         t = torch.tensor([float(moment) for moment in t], dtype=field.dtype, device=field.device)
     return Solution(
@@ -437,51 +445,10 @@ def _check_budget(times: Any, control: Control, max_steps: int) -> None:
         )
 
 
-def _depend_on_start(y: Leaves, slope: Leaves, t: Tensor) -> Leaves:
-    """y with its dependence on the start: dL/dt0 = −⟨λ0, f(t0, y0)⟩."""
-    shift = t[0] - t[0].detach()
-    return tuple(leaf - k * _against(shift, k) for leaf, k in zip(y, slope, strict=True))
-
-
-def _depend_on_times(
-    requested: Requested, problem: Problem, first: Evaluation, t: Tensor, stats: Stats
-) -> Requested:
-    """The solution with its dependence on the output times: dL/dt_i = ⟨λ_i, f(t_i, y_i)⟩."""
-    slopes, rates = [first.slope], [first.rates]
-    finite = np.where(np.isfinite(problem.times), problem.times, 0.0)  # an event comes before it
-    with torch.no_grad():
-        for i, moment in enumerate(finite[1:], start=1):
-            stats.calls += 1
-            stats.nfe = stats.nfe + 1
-            y = tuple(leaf[i].detach() for leaf in requested.states)
-            value = problem.field(on_device(moment, y) if problem.per_sample else float(moment), y)
-            slopes.append(value.slope)
-            rates.append(value.rates)
-    shift = t - t.detach()
-    shift = torch.where(torch.isfinite(shift), shift, torch.zeros_like(shift))
-    return Requested(
-        tuple(
-            _along(leaf, ks, shift)
-            for leaf, ks in zip(requested.states, zip(*slopes, strict=True), strict=True)
-        ),
-        tuple(
-            _along(leaf, ks, shift)
-            - _along(torch.zeros_like(leaf), [ks[0]] * len(ks), shift[:1].expand_as(shift))
-            for leaf, ks in zip(requested.integrals, zip(*rates, strict=True), strict=True)
-        ),
-        requested.reached,
-    )
-
-
-def _along(leaf: Tensor, slopes: Sequence[Tensor], shift: Tensor) -> Tensor:
-    """leaf + slope_i · shift_i along the first axis."""
-    return leaf + torch.stack(list(slopes)).to(leaf.dtype) * _against(shift, leaf)
-
-
-def _against(shift: Tensor, leaf: Tensor) -> Tensor:
-    """Shifts of time, shaped to multiply a leaf whose first axes they are."""
-    shift = shift.to(leaf.device, leaf.dtype)
-    return shift.reshape(*shift.shape, *[1] * (leaf.ndim - shift.ndim))
+def _is_differentiated(tensors: Sequence[Tensor]) -> bool:
+    """Whether gradients, or forward-mode tangents, go through one of the tensors."""
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return wanted or carries_tangent(tensors)
 
 
 def _partial(state: Structure, reached: list[Leaves] | None) -> Any:

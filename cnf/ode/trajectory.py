@@ -79,7 +79,7 @@ class Problem:
 
     def evaluate(self, field: Evaluate, t: Any, y: Leaves, side: Any) -> Evaluation:
         """The field at t, seen from the side of `side`, a time, where t is a jump."""
-        return field(self._beside(t, side), y)
+        return field(self.beside(t, side), y)
 
     def step(
         self, field: Evaluate, t: Any, h: Any, y: Leaves, first: Evaluation, estimate: bool
@@ -95,9 +95,10 @@ class Problem:
 
     def _inside(self, field: Evaluate, t: Any, h: Any) -> Evaluate:
         """The field on a step that may begin or end at a jump: seen from inside the step."""
-        return lambda moment, y: field(self._beside(moment, t + h / 2), y)
+        return lambda moment, y: field(self.beside(moment, t + h / 2), y)
 
-    def _beside(self, t: Any, side: Any) -> Any:
+    def beside(self, t: Any, side: Any) -> Any:
+        """t, but next to it on the side of the time `side` where t is a jump."""
         if isinstance(t, Tensor):
             nudged = torch.nextafter(t.to(self.clock), side.to(self.clock))
             for jump in self.control.jumps:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cnf.ode.field import Evaluation, Field
-from cnf.ode.gradient.problem import Solved, stacked
-from cnf.ode.integrate import Accepted, Problem, Stats, integrate
+from cnf.ode.gradient.problem import Solved, stack, stacked
+from cnf.ode.integrate import Problem, Stats, integrate
 from cnf.ode.state import Leaves, precise_dtype
 from cnf.ode.trajectory import Path
 
@@ -28,43 +30,56 @@ class Backprop:
         if not problem.per_sample:
             # without `first`: the field at the start is needed once more, with its graph
             return stacked(integrate(problem, y, stats), problem)
-        found = integrate(problem, y, stats, first=first, keep=True)
-        return replay(problem, field, y, first.rates, found.record, found.path)
+        path = integrate(problem, y, stats, first=first, keep=True).path
+        return replay(problem, field, y, first.rates, path)
 
 
-def replay(
-    problem: Problem,
-    field: Field,
-    y: Leaves,
-    rates: Leaves,
-    record: list[Accepted],
-    path: Path,
-) -> Solved:
-    """The solution with its graph, by repeating the recorded steps of each row."""
-    slots = len(path.times[0])
+def replay(problem: Problem, field: Any, y: Leaves, rates: Leaves, path: Path) -> Solved:
+    """The solution with its graph, by repeating the steps of a path that was recorded.
+
+    rates: the field's at the start, whose shapes the integrals take.
+    """
     integral = tuple(torch.zeros_like(rate, dtype=precise_dtype(rate)) for rate in rates)
-    states = [tuple(leaf for leaf in y)] + [tuple(map(torch.zeros_like, y))] * (slots - 1)
-    integrals = [integral] * slots
+    if problem.per_sample:
+        return _replay_rows(problem, field, y, integral, path)
+    states, integrals = [y], [integral]
+    for begun, ended in pairwise(path.marks):
+        for _, t, h, _ in path.steps[begun:ended]:
+            y, integral = _repeat(problem, field, t, h, y, integral)
+        states.append(y)
+        integrals.append(integral)
+    return Solved(stack(states), stack(integrals), path)
+
+
+def _replay_rows(problem: Problem, field: Any, y: Leaves, integral: Leaves, path: Path) -> Solved:
+    """The same where every row has its own steps."""
+    slots = len(path.times[0])
+    states, integrals = [y] + [tuple(map(torch.zeros_like, y))] * (slots - 1), [integral] * slots
     starts = [take(y, torch.zeros(0, dtype=torch.long, device=y[0].device))]
-    for one in record:
-        part, at = (field, y) if one.rows is None else (field.take(one.rows), take(y, one.rows))
+    for rows, t, h, slot in path.steps:
+        part, at = (field, y) if rows is None else (field.take(rows), take(y, rows))
         starts.append(at)
-        now = problem.first_stage(part, one.t, one.h, at)
-        step = problem.step(part, one.t, one.h, at, now, False)
-        y = put(y, one.rows, step.y)
-        more = tuple(
-            total + part.to(total.dtype)
-            for total, part in zip(take(integral, one.rows), step.increment, strict=True)
-        )
-        integral = put(integral, one.rows, more)
-        assert one.slot is not None
-        for slot in one.slot.unique().tolist():
-            if slot >= 0:
-                states[slot] = _arrived(states[slot], y, one, slot)
-                integrals[slot] = _arrived(integrals[slot], integral, one, slot)
-    outs = [tuple(map(torch.stack, zip(*parts, strict=True))) for parts in (states, integrals)]
+        ends = _repeat(problem, part, t, h, at, take(integral, rows))
+        y, integral = put(y, rows, ends[0]), put(integral, rows, ends[1])
+        for reached in slot.unique().tolist():
+            if reached >= 0:
+                there = torch.nonzero(slot == reached).flatten()
+                there = there if rows is None else rows.index_select(0, there)
+                states[reached] = put(states[reached], there, take(y, there))
+                integrals[reached] = put(integrals[reached], there, take(integral, there))
     flat = tuple(map(torch.cat, zip(*starts, strict=True))) if problem.dense else ()
-    return Solved(outs[0], outs[1], path, flat)
+    return Solved(stack(states), stack(integrals), path, flat)
+
+
+def _repeat(
+    problem: Problem, field: Any, t: Any, h: Any, y: Leaves, integral: Leaves
+) -> tuple[Leaves, Leaves]:
+    """State and integrals at the end of a step."""
+    first = problem.first_stage(field, t, h, y)
+    step = problem.step(field, t, h, y, first, False)
+    return step.y, tuple(
+        total + part.to(total.dtype) for total, part in zip(integral, step.increment, strict=True)
+    )
 
 
 def take(leaves: Leaves, rows: Tensor | None) -> Leaves:
@@ -80,11 +95,3 @@ def put(leaves: Leaves, rows: Tensor | None, parts: Leaves) -> Leaves:
         leaf.index_copy(0, rows, part.to(leaf.dtype))
         for leaf, part in zip(leaves, parts, strict=True)
     )
-
-
-def _arrived(out: Leaves, now: Leaves, one: Accepted, slot: int) -> Leaves:
-    """`out` with the rows that reached `slot` at the end of this step."""
-    assert one.slot is not None
-    there = torch.nonzero(one.slot == slot).flatten()
-    rows = there if one.rows is None else one.rows.index_select(0, there)
-    return put(out, rows, take(now, rows))

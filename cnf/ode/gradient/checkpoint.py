@@ -11,9 +11,18 @@ from torch import Tensor
 
 from cnf.error import InputError
 from cnf.ode.control import Adaptive
-from cnf.ode.field import Evaluation, Field
-from cnf.ode.gradient.backprop import put, take
-from cnf.ode.gradient.problem import Job, Solved, add_gradients, solved_by, stacked, vjp
+from cnf.ode.field import Evaluation, Field, alias
+from cnf.ode.gradient.backprop import put, replay, take
+from cnf.ode.gradient.higher import pulled_back
+from cnf.ode.gradient.problem import (
+    Job,
+    Repeated,
+    Solved,
+    add_gradients,
+    solved_by,
+    stacked,
+    vjp,
+)
 from cnf.ode.integrate import Accepted, Problem, Stats, integrate
 from cnf.ode.method import ExplicitRungeKutta
 from cnf.ode.state import Leaves
@@ -145,31 +154,47 @@ class _Replayed(torch.autograd.Function):
         ctx.needs = tuple(tensor.requires_grad for tensor in tensors)
         states = (leaf for one in trajectory.record for leaf in one.y)
         # the tensors too, so that torch notices one that is changed in place before backward
-        ctx.save_for_backward(*states, *tensors[width:])
+        ctx.save_for_backward(*states, *tensors)
         solved = stacked(trajectory, problem)
         return (*solved.states, *solved.integrals, *solved.starts)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *cotangents: Tensor
     ) -> tuple[Any, ...]:
         job: Job = ctx.job
-        width, rates = job.width, len(job.first.rates)
-        record = _record(job.path[0], ctx.kept, ctx.saved_tensors)
-        aliases = job.field.aliases()
-        replay = _Replay(job, job.field.bind(aliases), aliases, job.settings.keep == "stages")
-        backward = replay.through_rows if job.problem.per_sample else replay.through
-        by_state, by_tensor = backward(
-            record,
-            cotangents[:width],
-            cotangents[width : width + rates],
-            cotangents[width + rates :],
-        )
-        return None, *(
-            gradient if needed else None
-            for gradient, needed in zip((*by_state, *by_tensor), ctx.needs, strict=True)
-        )
+        if torch.is_grad_enabled():
+            found = _differentiable(job, ctx.saved_tensors[-len(ctx.needs) :], cotangents)
+        else:
+            record = _record(job.path[0], ctx.kept, ctx.saved_tensors)
+            found = _backward(job, record, cotangents)
+        return None, *(g if needed else None for g, needed in zip(found, ctx.needs, strict=True))
+
+
+def _backward(job: Job, record: list[Accepted], cotangents: Bars) -> list[Tensor | None]:
+    """Gradients by the first state and by the named tensors, one step's graph at a time."""
+    width, rates = job.width, len(job.first.rates)
+    aliases = job.field.aliases()
+    again = _Replay(job, job.field.bind(aliases), aliases, job.settings.keep == "stages")
+    through = again.through_rows if job.problem.per_sample else again.through
+    by_state, by_tensor = through(
+        record,
+        cotangents[:width],
+        cotangents[width : width + rates],
+        cotangents[width + rates :],
+    )
+    return [*by_state, *by_tensor]
+
+
+def _differentiable(job: Job, tensors: Leaves, cotangents: Bars) -> list[Tensor | None]:
+    """The same gradients with a graph, from that of all the recorded steps."""
+    width = job.width
+    inside = (*map(alias, tensors[:width]), *job.field.aliases())
+    field = Repeated(job.field.bind(inside[width:]), job.stats)
+    again = replay(job.problem, field, inside[:width], job.first.rates, job.path[0])
+    return pulled_back(
+        (*again.states, *again.integrals, *again.starts), inside, tensors, cotangents
+    )
 
 
 def _record(path: Path, kept: list[int], saved: Leaves) -> list[Accepted]:
@@ -249,7 +274,7 @@ class _Replay:
         problem = self.job.problem
         with torch.enable_grad():
             y = tuple(leaf.detach().requires_grad_() for leaf in one.y)
-            evaluate = self._evaluation(field)
+            evaluate = Repeated(field, self.job.stats)
             first = problem.first_stage(evaluate, one.t, one.h, y)
             step = problem.step(evaluate, one.t, one.h, y, first, False)
             increment = tuple(
@@ -295,7 +320,7 @@ class _Replay:
         """Cotangents of one evaluation pulled back to its state and to the named tensors."""
         with torch.enable_grad():
             y = tuple(leaf.detach().requires_grad_() for leaf in y)
-            value = self.job.problem.evaluate(self._evaluation(field), t, y, side)
+            value = self.job.problem.evaluate(Repeated(field, self.job.stats), t, y, side)
         heads = (*value.slope, *value.rates)
         bars = [bar.to(head.dtype) for bar, head in zip((*kappa, *rates_bar), heads, strict=True)]
         found = vjp(heads, bars, (*y, *self.aliases))
@@ -308,17 +333,9 @@ class _Replay:
     @torch.no_grad()
     def _forward(self, one: Accepted) -> Leaves:
         """Where a recorded step ends."""
-        problem, evaluate = self.job.problem, self._evaluation(self.field)
+        problem, evaluate = self.job.problem, Repeated(self.field, self.job.stats)
         first = problem.first_stage(evaluate, one.t, one.h, one.y)
         return problem.step(evaluate, one.t, one.h, one.y, first, False).y
-
-    def _evaluation(self, field: Field) -> Any:
-        def evaluate(t: Any, y: Leaves) -> Evaluation:
-            self.job.stats.nfe_backward += 1
-            with field.precision:
-                return field(t, y)
-
-        return evaluate
 
 
 class _Segments:

@@ -26,6 +26,11 @@ class Solved(NamedTuple):
     path: Path
     starts: Leaves = ()
 
+    def after(self, integrals: Leaves) -> Solved:
+        """The same, with what had been integrated before the start."""
+        together = zip(self.integrals, integrals, strict=True)
+        return self._replace(integrals=tuple(leaf + more.to(leaf.dtype) for leaf, more in together))
+
 
 class Gradient(Protocol):
     """A way to differentiate a solution."""
@@ -61,6 +66,22 @@ def solved_by(
     return Solved(states, rest[:rates], job.path[0], rest[rates:])
 
 
+class Repeated:
+    """A field that backward evaluates: counted there, and under the solve's autocast state."""
+
+    def __init__(self, field: Field, stats: Stats) -> None:
+        self._field, self._stats = field, stats
+
+    def __call__(self, t: Any, y: Leaves) -> Evaluation:
+        self._stats.nfe_backward += 1
+        with self._field.precision:
+            return self._field(t, y)
+
+    def take(self, rows: Tensor) -> Repeated:
+        """The same for some rows of the batch."""
+        return Repeated(self._field.take(rows), self._stats)
+
+
 class Job(NamedTuple):
     """What an autograd function is asked to do; width: the number of the state's leaves."""
 
@@ -76,7 +97,7 @@ class Job(NamedTuple):
 def stacked(trajectory: Trajectory, problem: Problem) -> Solved:
     """The trajectory's states and integrals along a first axis of arrivals."""
     if not problem.per_sample:
-        return Solved(_stack(trajectory.states), _stack(trajectory.integrals), trajectory.path)
+        return Solved(stack(trajectory.states), stack(trajectory.integrals), trajectory.path)
     starts: Leaves = ()
     if problem.dense:
         starts = tuple(
@@ -85,7 +106,8 @@ def stacked(trajectory: Trajectory, problem: Problem) -> Solved:
     return Solved(trajectory.states[0], trajectory.integrals[0], trajectory.path, starts)
 
 
-def _stack(parts: Sequence[Leaves]) -> Leaves:
+def stack(parts: Sequence[Leaves]) -> Leaves:
+    """Each leaf of all parts along a new first axis."""
     return tuple(torch.stack(leaves) for leaves in zip(*parts, strict=True))
 
 
@@ -98,13 +120,22 @@ def add_gradients(totals: list[Tensor | None], parts: Sequence[Tensor | None]) -
 
 
 def vjp(
-    outputs: Sequence[Tensor], cotangents: Sequence[Tensor], inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    *,
+    again: bool = False,
+    keep: bool = False,
 ) -> list[Tensor | None]:
-    """Cotangents times the Jacobian of outputs by inputs; None where it is identically zero."""
+    """Cotangents times the Jacobian of outputs by inputs; None where it is identically zero.
+
+    again: with a graph of its own, to be differentiated again; keep: the outputs' graph is left.
+    """
     pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     wanted = [x for x in inputs if x.requires_grad]
     if not pairs or not wanted:
         return [None] * len(inputs)
     heads, weights = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(heads, wanted, weights, allow_unused=True))
+    graph = dict(create_graph=again, retain_graph=again or keep, allow_unused=True)
+    found = iter(torch.autograd.grad(heads, wanted, weights, **graph))
     return [next(found) if x.requires_grad else None for x in inputs]

@@ -1,0 +1,31 @@
+"""Whether the solve is differentiated or mapped from outside: forward mode, and torch.func."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def carries_tangent(tensors: Iterable[Tensor]) -> bool:
+    """Whether forward-mode differentiation goes through one of the tensors."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (grad, jvp, vmap, …) is under way."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_mapped() -> bool:
+    """Whether torch.func.vmap is under way: there no number can be read from a tensor."""
+    if not is_transformed():
+        return False
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    levels = functorch.get_interpreter_stack() or ()
+    return any(level.key() == functorch.TransformType.Vmap for level in levels)
