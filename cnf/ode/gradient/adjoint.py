@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +14,18 @@ from torch import Tensor
 
 from cnf.error import InputError, IntegrationError
 from cnf.ode.control import Adaptive, Control
-from cnf.ode.field import Evaluation, Field
-from cnf.ode.gradient.problem import Job, Solved, add_gradients, solved_by, stacked, vjp
+from cnf.ode.field import Evaluation, alias
+from cnf.ode.gradient.higher import only_once
+from cnf.ode.gradient.problem import (
+    Job,
+    Repeated,
+    Solved,
+    TensorField,
+    add_gradients,
+    solved_by,
+    stacked,
+    vjp,
+)
 from cnf.ode.gradient.row_adjoint import back_through_rows
 from cnf.ode.integrate import Accepted, Problem, Stats, integrate
 from cnf.ode.interpolate import Polynomial, interpolant
@@ -37,7 +48,7 @@ class Adjoint:
     interpolate: bool = False
 
     def solve(
-        self, problem: Problem, field: Field, y: Leaves, first: Evaluation, stats: Stats
+        self, problem: Problem, field: TensorField, y: Leaves, first: Evaluation, stats: Stats
     ) -> Solved:
         if problem.per_sample and (self.interpolate or problem.dense):
             raise InputError(
@@ -62,35 +73,55 @@ class _Adjoint(torch.autograd.Function):
         return (*solved.states, *solved.integrals)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *cotangents: Tensor
     ) -> tuple[Any, ...]:
         job: Job = ctx.job
-        aliases = job.field.aliases()
-        knots = ctx.saved_tensors[job.width + len(aliases) :]
-        bound, states = job.field.bind(aliases), ctx.saved_tensors[: job.width]
-        if job.problem.per_sample:
-            a, totals = back_through_rows(job, bound, aliases, states, cotangents)
+        saved, width = ctx.saved_tensors, job.width
+        states, tensors = saved[:width], saved[width : width + len(job.field.tensors)]
+        if torch.is_grad_enabled() and (job.problem.per_sample or job.settings.interpolate):
+            with torch.no_grad():
+                found = _backward(job, states, tensors, saved[width + len(tensors) :], cotangents)
+            found = only_once(found, (*states, *tensors, *cotangents), _ONCE)
         else:
-            back = _Back(job, bound, aliases, states, knots)
-            a, totals = back.through(cotangents[: job.width], cotangents[job.width :])
-        gradients = [
-            None if g is None else g.to(x.dtype) for g, x in zip(totals, aliases, strict=True)
-        ]
-        return None, *(
-            gradient if needed else None
-            for gradient, needed in zip((*a, *gradients), ctx.needs, strict=True)
-        )
+            found = _backward(job, states, tensors, saved[width + len(tensors) :], cotangents)
+        return None, *(g if needed else None for g, needed in zip(found, ctx.needs, strict=True))
+
+
+_ONCE = (
+    "the adjoint is differentiated twice only where all rows share their steps and the state is "
+    "solved back; use gradient='checkpoint', or leave out per_sample=True and interpolate=True"
+)
+
+
+def _backward(
+    job: Job, states: Leaves, tensors: Leaves, knots: Leaves, cotangents: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients by the first state and by the named tensors; with a graph, if that is enabled."""
+    aliases = job.field.aliases()
+    bound = job.field.bind(aliases)
+    if job.problem.per_sample:
+        a, totals = back_through_rows(job, bound, aliases, states, cotangents)
+    else:
+        back = _Back(job, bound, aliases, tensors, states, knots)
+        a, totals = back.through(cotangents[: job.width], cotangents[job.width :])
+    return [
+        *a,
+        *(None if g is None else g.to(x.dtype) for g, x in zip(totals, aliases, strict=True)),
+    ]
 
 
 @dataclass(frozen=True)
 class _Back:
-    """The way back from arrival to arrival, the adjoint's cotangents joining at each."""
+    """The way back from arrival to arrival, the adjoint's cotangents joining at each.
+
+    field: reads `aliases`, copies of `tensors` without their history.
+    """
 
     job: Job
-    field: Field
+    field: TensorField
     aliases: Leaves
+    tensors: Leaves
     states: Leaves
     knots: Leaves
 
@@ -98,28 +129,23 @@ class _Back:
         self, states_bar: Sequence[Tensor], integrals_bar: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """Gradients by the first state and by the named tensors."""
-        times = self._times()
+        times = self.job.path[0].times
         last = len(times) - 1
-        wanted = tuple(x for x in self.aliases if x.requires_grad)
         a = [bar[last] for bar in states_bar]
         c = [bar[last] for bar in integrals_bar]
-        totals: list[Tensor | None] = [None] * len(wanted)
+        totals: list[Tensor | None] = [None] * sum(x.requires_grad for x in self.aliases)
         for i in range(last, 0, -1):
             if np.any(times[i] != times[i - 1]):
                 y = tuple(leaf[i] for leaf in self.states)
-                a, parts = self._interval((times[i], times[i - 1]), wanted, y, a, c)
+                a, parts = self._interval((times[i], times[i - 1]), y, a, c)
                 add_gradients(totals, parts)
             a = [bar + more[i - 1] for bar, more in zip(a, states_bar, strict=True)]
             c = [bar + more[i - 1] for bar, more in zip(c, integrals_bar, strict=True)]
         found = iter(totals)
         return a, [next(found) if x.requires_grad else None for x in self.aliases]
 
-    def _times(self) -> Any:
-        """The arrivals' times."""
-        return self.job.path[0].times
-
     def _interval(
-        self, span: tuple[Any, Any], wanted: Leaves, y: Leaves, a: list[Tensor], c: list[Tensor]
+        self, span: tuple[Any, Any], y: Leaves, a: list[Tensor], c: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """The adjoint at the start of one interval, and the named tensors' gradients over it.
 
@@ -127,46 +153,50 @@ class _Back:
         tolerance is relative to the gradient; one that is not finite makes every gradient NaN.
         """
         scale = largest([rms(bar) for bar in (*a, *c) if bar.numel()] or [torch.ones(())])
-        scale = torch.where(scale == 0, 1.0, scale)
+        scale = torch.where(scale == 0, 1.0, scale).detach()
         units = [torch.where(scale.isfinite(), bar / scale.to(_real(bar)), 0.0) for bar in (*a, *c)]
-        known = self._known() if self.knots else None
-        solved_back = () if known else y
+        known = _Interpolated(self.job, self.field, self.knots) if self.knots else None
+        start = (*(() if known else y), *units[: len(y)])
         augmented = _Augmented(
-            self.field, wanted, tuple(units[len(y) :]), len(solved_back), known, set()
-        )
-        problem = self.job.problem
-        adjoint = replace(
-            problem, field=augmented, times=span, control=_without_rates(problem.control),
-            watch=None, dense=False,
+            self.field, self.aliases, tuple(map(alias, units[len(y) :])), self.job.stats,
+            len(start) - len(y), known, set(), (*self.tensors, *units[len(y) :]),
         )  # fmt: skip
-        start = (*solved_back, *units[: len(y)])
-        solved = _solve_back(adjoint, start, self.job.stats)
-        a = [leaf * scale.to(_real(leaf)) for leaf in solved.states[-1][len(solved_back) :]]
+        states, integrals = _solved_back(self.job, augmented, span, start)
+        a = [leaf * scale.to(_real(leaf)) for leaf in states[len(start) - len(y) :]]
         return a, [
             leaf * scale.to(_real(leaf)) if i in augmented.reached else None
-            for i, leaf in enumerate(solved.integrals[-1])
+            for i, leaf in enumerate(integrals)
         ]
 
-    def _known(self) -> Callable[[float], Leaves]:
-        return _Interpolated(self.job, self.field, self.knots)
 
-
-def _solve_back(problem: Problem, start: Leaves, stats: Stats) -> Any:
-    backward = Stats()
+def _solved_back(
+    job: Job, augmented: _Augmented, span: tuple[Any, Any], start: Leaves
+) -> tuple[Leaves, Leaves]:
+    """State and integrals at the end of the way back; with gradient by the adjoint, if enabled."""
+    problem = replace(
+        job.problem, field=augmented, times=span, control=_without_rates(job.problem.control),
+        watch=None, dense=False,
+    )  # fmt: skip
+    stats = Stats()
     try:
-        return integrate(problem, start, backward)
+        if not torch.is_grad_enabled():
+            found = integrate(problem, start, stats)
+            return found.states[-1], found.integrals[-1]
+        with torch.no_grad():
+            first = problem.evaluate(augmented, span[0], start, span[1])
+        solved = job.settings.solve(problem, augmented, start, first, stats)
     except IntegrationError as error:
         error.partial = None  # what was reached is the adjoint's, not the solution's
         raise
-    finally:
-        stats.nfe_backward += backward.calls
+    states, integrals = (tuple(leaf[-1] for leaf in part) for part in solved[:2])
+    return states, integrals
 
 
 class _Interpolated:
     """The forward solution at any time, from the states in which its steps began."""
 
-    def __init__(self, job: Job, field: Field, knots: Leaves) -> None:
-        self._problem, self._field, width = job.problem, field, job.width
+    def __init__(self, job: Job, field: TensorField, knots: Leaves) -> None:
+        self._problem, self._field, width = job.problem, Repeated(field, job.stats), job.width
         path: Path = job.path[0]
         self._steps = [
             Accepted(None, t, h, knots[i * width : (i + 1) * width])
@@ -203,30 +233,54 @@ def _without_rates(control: Control) -> Control:
 class _Augmented:
     """(y, a) ↦ (f, −a ∂f/∂y − c ∂rates/∂y), with rates −(a ∂f/∂θ + c ∂rates/∂θ).
 
-    known: the forward solution, where it is read off and not solved back: then a alone is the
-    state; reached: indices of the wanted tensors that the field read at least once.
+    It is a field over named tensors, θ and c, so that the adjoint can be solved for its own
+    gradient, and differentiated again.
+    field: reads `read`, the copies θ that it is differentiated by; rates_bar: c, a copy likewise;
+    stats: count the evaluations; known: the forward solution, where it is read off and not solved
+    back: then a alone is the state; reached: which of those θ that need a gradient the field read
+    at least once, by number; tensors: what θ and c are copies of.
     """
 
-    field: Field
-    wanted: Leaves
+    field: TensorField
+    read: Leaves
     rates_bar: Leaves
+    stats: Stats
     width: int
     known: Callable[[float], Leaves] | None
     reached: set[int]
+    tensors: Leaves
+
+    @property
+    def precision(self) -> AbstractContextManager[Any]:
+        return self.field.precision
+
+    def aliases(self) -> Leaves:
+        """Tensors to bind and differentiate by."""
+        return (*self.field.aliases(), *map(alias, self.rates_bar))
+
+    def bind(self, tensors: Sequence[Tensor]) -> _Augmented:
+        """The same, reading `tensors` in the place of θ and c."""
+        read, rates_bar = tuple(tensors[: len(self.read)]), tuple(tensors[len(self.read) :])
+        return replace(self, field=self.field.bind(read), read=read, rates_bar=rates_bar)
 
     def __call__(self, t: float, state: Leaves) -> Evaluation:
+        again = torch.is_grad_enabled()  # then the state's leaves are the caller's own copies
         y, a = (state[: self.width], state[self.width :])
-        y = tuple(leaf.detach().requires_grad_() for leaf in (self.known(t) if self.known else y))
+        if not again:
+            y = self.known(t) if self.known else y
+            y = tuple(leaf.detach().requires_grad_() for leaf in y)
+        self.stats.nfe_backward += 1
         with torch.enable_grad(), self.field.precision:
             value = self.field(t, y)
         rates_bar = [
             bar.to(rate.dtype) for bar, rate in zip(self.rates_bar, value.rates, strict=True)
         ]
-        inputs = (*y, *self.wanted)
-        found = vjp((*value.slope, *value.rates), (*a, *rates_bar), inputs)
+        inputs = (*y, *(x for x in self.read if x.requires_grad))
+        heads, bars = (*value.slope, *value.rates), (*a, *rates_bar)
+        found = vjp(heads, bars, inputs, again=again)
         pulled = tuple(
             torch.zeros_like(x) if g is None else -g for g, x in zip(found, inputs, strict=True)
         )
         self.reached.update(i for i, g in enumerate(found[len(y) :]) if g is not None)
-        slope = () if self.known else tuple(leaf.detach() for leaf in value.slope)
+        slope = () if self.known else value.slope if again else map(Tensor.detach, value.slope)
         return Evaluation((*slope, *pulled[: len(y)]), pulled[len(y) :])

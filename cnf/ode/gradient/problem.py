@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -32,6 +33,18 @@ class Solved(NamedTuple):
         return self._replace(integrals=tuple(leaf + more.to(leaf.dtype) for leaf, more in together))
 
 
+class TensorField(Protocol):
+    """A field over named tensors; see Field, which is one."""
+
+    @property
+    def tensors(self) -> Leaves: ...
+    @property
+    def precision(self) -> AbstractContextManager[Any]: ...
+    def __call__(self, t: Any, y: Leaves) -> Evaluation: ...
+    def aliases(self) -> Leaves: ...
+    def bind(self, tensors: Sequence[Tensor]) -> TensorField: ...
+
+
 class Gradient(Protocol):
     """A way to differentiate a solution."""
 
@@ -49,7 +62,7 @@ def solved_by(
     function: type[torch.autograd.Function],
     settings: Any,
     problem: Problem,
-    field: Field,
+    field: TensorField,
     y: Leaves,
     first: Evaluation,
     stats: Stats,
@@ -69,7 +82,7 @@ def solved_by(
 class Repeated:
     """A field that backward evaluates: counted there, and under the solve's autocast state."""
 
-    def __init__(self, field: Field, stats: Stats) -> None:
+    def __init__(self, field: Any, stats: Stats) -> None:
         self._field, self._stats = field, stats
 
     def __call__(self, t: Any, y: Leaves) -> Evaluation:
@@ -87,7 +100,7 @@ class Job(NamedTuple):
 
     settings: Any
     problem: Problem
-    field: Field
+    field: Any  # a TensorField; a Field, but where the adjoint solves for its own gradient
     first: Evaluation
     stats: Stats
     width: int
