@@ -16,6 +16,7 @@ from cnf.ode.field import Evaluation
 from cnf.ode.interpolate import interpolant
 from cnf.ode.method import Step
 from cnf.ode.state import Leaves, bad_rows, is_finite, precise_dtype
+from cnf.ode.tangent import is_mapped
 from cnf.ode.trajectory import (
     Accepted,
     Counted,
@@ -44,7 +45,8 @@ def march(
     Raises IntegrationError where the state turns non-finite, the step vanishes or steps run out.
     """
     trajectory = _March(problem, y, stats, first=first, keep=keep).run()
-    if not is_finite((*trajectory.states[-1], *trajectory.integrals[-1])):
+    # under vmap no number can be read: what is not finite stays so there
+    if not is_mapped() and not is_finite((*trajectory.states[-1], *trajectory.integrals[-1])):
         with torch.no_grad():  # once more, looking at every step, to say where
             _March(problem, y, Stats(), watch=True).run()
         raise failure("the solution is not finite", problem, problem.times[-1], 0.0, stats, [])
@@ -190,7 +192,9 @@ class _March:
             end = self.t + h
         if end != self.t:
             self._accept(step, h, end)
-        self.events = watch.values(end, step.y)
+        now = watch.values(end, step.y)
+        # another that was crossed is still to come, though rounding may put it behind already
+        self.events = np.where(crossed | (now == 0), before, now)
         self.events[index] = after[index] if after[index] != 0 else -before[index]
         self._arrive(-1 - index)
         if label is not None:

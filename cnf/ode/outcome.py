@@ -17,7 +17,7 @@ from cnf.ode.interpolate import interpolant
 from cnf.ode.method import OwnPace
 from cnf.ode.moment import across, at_time, slide
 from cnf.ode.state import Leaves
-from cnf.ode.trajectory import Counted, Path, Problem, Stats, on_device
+from cnf.ode.trajectory import Counted, Path, Problem, Stats, on_device, on_host
 
 
 class Crossing(NamedTuple):
@@ -239,7 +239,7 @@ class Dense:
         """Where all rows share their steps: (*t.shape, *y.shape)."""
         times = np.array(self.solved.path.times)
         direction = self.problem.direction
-        host = t.detach().double().cpu().numpy().reshape(-1)
+        host = on_host(t).reshape(-1)
         _check_inside(host, times[0], times[-1])
         pieces = np.searchsorted(direction * times, direction * host, side="left") - 1
         pieces = np.maximum(pieces, 0)
@@ -281,8 +281,10 @@ class Dense:
                 f"{tuple(t.shape)}"
             )
         moments = t if each else t.unsqueeze(-1).expand(*t.shape, batch)
-        found = [self._at(moment) for moment in moments.reshape(-1, batch)]
         shape = moments.shape[:-1]
+        if not moments.numel():
+            return tuple(leaf.new_zeros((*shape, *leaf.shape[1:])) for leaf in self.solved.states)
+        found = [self._at(moment) for moment in moments.reshape(-1, batch)]
         return tuple(
             torch.stack(leaves).reshape(*shape, *leaves[0].shape)
             for leaves in zip(*found, strict=True)
@@ -291,7 +293,7 @@ class Dense:
     def _at(self, t: Tensor) -> Leaves:
         """The state of every row at its own t, (batch,)."""
         problem: Any = self.problem
-        places, start, h = self._places(t.detach().double().cpu().numpy())
+        places, start, h = self._places(on_host(t))
         at = torch.from_numpy(places).to(t.device)
         y = tuple(leaf.index_select(0, at) for leaf in self.solved.starts)
         start, h = on_device(start, y), on_device(h, y)

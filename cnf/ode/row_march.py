@@ -153,17 +153,18 @@ class _RowMarch:
         """One attempt at a step of every row that has not arrived."""
         problem, control = self.problem, self.problem.control
         self._check_budget()
-        calls = self.stats.calls
         target = self.targets[self.next, self.rows]
         remaining = np.abs(target - self.t)
         length = np.where(self.alive, control.fit(self.size, remaining), 0.0)
         h = self.direction * length
         t0, h0 = on_device(self.t, self.y), on_device(h, self.y)
+        calls = self.stats.calls
         if self.first is None:
             self.first = problem.first_stage(self.evaluate, t0, h0, self.y)
+            calls = self._count(calls, self.alive & (self.refused == 0))  # a refused row knew it
         adaptive = isinstance(control, Adaptive)
         step = problem.step(self.evaluate, t0, h0, self.y, self.first, adaptive)
-        self.counts[0, self.rows[self.alive]] += self.stats.calls - calls
+        calls = self._count(calls, self.alive)
         accept = self._judge(step, length, control) if adaptive else self.alive.copy()
         if self.watch and not is_finite(step.y):
             reason = "the state or the field turned non-finite"
@@ -173,6 +174,7 @@ class _RowMarch:
         slot = np.where(lands, self.labels[self.next, self.rows], -1)
         if self.events is not None and accept.any():
             step, h, end, slot = self._happened(step, h, end, slot, accept)
+            self._count(calls, slot == len(problem.times))
         self._accept(step, accept, h, end, slot)
         self.next = self.next + (self.alive & (end == target) & accept)
         self._pass_reached()
@@ -200,6 +202,11 @@ class _RowMarch:
         if stuck.any():
             raise self._failure("the step vanished", self.rows[stuck])
         return accept
+
+    def _count(self, calls: int, needed: Array) -> int:
+        """Count the evaluations since so many calls, for the rows that would need them alone."""
+        self.counts[0, self.rows[needed]] += self.stats.calls - calls
+        return self.stats.calls
 
     def _grid(self, size: Array) -> Array:
         """Sizes that do not carry the rounding of a batch's arithmetic; fixed ones stay."""
@@ -347,6 +354,8 @@ class _RowMarch:
         over = self.alive & (tried >= self.problem.max_steps)
         if over.any():
             reason = f"max_steps={self.problem.max_steps} steps were not enough"
+            if self.problem.watch and np.isinf(self.problem.times[-1, self.rows[over]]).any():
+                reason += " for the event to come"
             raise self._failure(reason, self.rows[over])
 
     def _check_hope(self, refuse: Array, ratio: Array, control: Adaptive) -> None:
@@ -366,18 +375,23 @@ class _RowMarch:
             reason = f"max_rejections={control.max_rejections} attempts in a row were refused"
             raise self._failure(reason, self.rows[hopeless])
 
+    def _reached(self, output: int) -> Leaves:
+        """The states at an output time that every row reached, or met its event before."""
+        ends = self.out.times[0][-1]
+        early = (ends - self.problem.times[output]) * self.problem.direction < 0
+        stopped = torch.from_numpy(early).to(self.y[0].device)
+        at = tuple(leaf[output] for leaf in self.out.states[0])
+        return _where(stopped, tuple(leaf[-1] for leaf in self.out.states[0]), at)
+
     def _numbers(self, places: Sequence[int]) -> Array:
         return self.rows[np.asarray(places, dtype=np.int64)]
 
     def _failure(self, reason: str, rows: Array) -> IntegrationError:
         at = np.flatnonzero(np.isin(self.rows, rows))
         first = at[0] if len(at) else 0
-        reached = np.nanmin(np.where(self.alive, self.next, np.inf), initial=np.inf)
-        count = int(reached) if np.isfinite(reached) else 0
-        states = [
-            tuple(leaf[i] for leaf in self.out.states[0])
-            for i in range(min(count + 1, len(self.problem.times)))
-        ]
+        passed = np.arange(len(self.targets))[:, None] < self.next[self.alive]
+        outputs = (passed & (self.labels[:, self.rows[self.alive]] >= 0)).sum(0)
+        states = [self._reached(i) for i in range(1 + int(outputs.min(initial=0)))]
         t, size = float(self.t[first]), float(self.size[first])
         return failure(reason, self.problem, t, size, self.stats, states, rows[:5].tolist())
 

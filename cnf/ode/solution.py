@@ -35,7 +35,7 @@ from cnf.ode.moment import from_start
 from cnf.ode.outcome import Crossing, Dense, at_requested_times, events_met, read_at_times
 from cnf.ode.state import Leaves, Structure
 from cnf.ode.tableau import Tableau
-from cnf.ode.tangent import carries_tangent
+from cnf.ode.tangent import carries_tangent, is_mapped, is_transformed
 from cnf.ode.trajectory import Counted, on_device
 
 keep_freed_memory()
@@ -129,10 +129,12 @@ def solve(
     events = as_events(event)
     chosen = choose_method(method)
     steps = _choose_control(chosen, rtol, atol, step_size, control)
+    _check_transforms(steps, events)
     times = _checked_times(t, y, steps, any(event.terminal for event in events))
     how = _choose_gradient(gradient)
     _check_budget(times, steps, max_steps)
     passed, captured = name_tensors(field, rows, params)
+    _check_mode(how, (*y, *passed, *captured, *((t,) if isinstance(t, Tensor) else ())))
     real = y[0].real.dtype if y[0].dtype.is_complex else y[0].dtype
     inner = Field(
         field, state, None, real, y[0].device, passed, captured, aligned=len(rows),
@@ -241,12 +243,35 @@ def _first_look(
             first, found = find_captured(field.call, evaluate, (*aliases, *start, time))
     else:
         first, found = evaluate(), ()
+    _check_mode(how, (*first.slope, *first.rates))  # it may capture what carries a tangent
     first = Evaluation(*(tuple(leaf.detach() for leaf in part) for part in first))
     if per_sample:
         _check_rates(first.rates, len(start[0]))
     if seen or found:
         field = replace(field, rates=seen[0] if seen else None, captured=field.captured + found)
     return field, first
+
+
+def _check_mode(how: Gradient, tensors: Sequence[Tensor]) -> None:
+    """Raises InputError where the solve is differentiated in a way that the gradient is not for."""
+    if not isinstance(how, Backprop) and (is_transformed() or carries_tangent(tensors)):
+        raise InputError(
+            f"gradient={how!r} is for backward alone: forward-mode tangents and the transforms of "
+            "torch.func need gradient='backprop'"
+        )
+
+
+def _check_transforms(control: Control, events: tuple[Event, ...]) -> None:
+    if is_mapped() and isinstance(control, Adaptive):
+        raise InputError(
+            "under torch.func.vmap, and so in jacfwd and hessian, no number can be read from a "
+            "tensor, and steps cannot follow the solution: give step_size="
+        )
+    if is_transformed() and (control.per_sample or events):
+        raise InputError(
+            "the transforms of torch.func go with steps that all rows share and without event=; "
+            "leave out per_sample=True, or differentiate by backward()"
+        )
 
 
 def _check_rates(rates: Leaves, batch: int) -> None:
@@ -324,7 +349,7 @@ def _checked_times(t: Tensor | Sequence[float], y: Leaves, control: Control, end
             raise InputError(f"t must have one dimension, (times,), got shape {tuple(t.shape)}")
         if t.is_complex():
             raise InputError(f"t must be real, got {t.dtype}")
-        times = tuple(t.detach().double().tolist())
+        times = tuple(_read(t))
     elif isinstance(t, Sequence) and any(isinstance(x, Tensor) and x.requires_grad for x in t):
         raise InputError("t holds tensors that require grad; give one tensor, torch.stack(t)")
     else:
@@ -337,6 +362,14 @@ def _checked_times(t: Tensor | Sequence[float], y: Leaves, control: Control, end
         return times
     _batch_of(y)
     return np.array(times)[:, None] * np.ones((1, len(y[0])))
+
+
+def _read(t: Tensor) -> Any:
+    """The times as Python numbers."""
+    try:
+        return t.detach().double().tolist()
+    except RuntimeError as error:  # of a vmap over times
+        raise InputError(f"the times must be the same for all that is mapped ({error})") from None
 
 
 def _times_of_rows(t: Tensor, y: Leaves, control: Control) -> np.ndarray:

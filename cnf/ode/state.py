@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cnf.error import InputError
+from cnf.ode.tangent import is_transformed
 
 Leaves = tuple[Tensor, ...]
 Weights = Sequence[tuple[int, float]]  # (index of a slope, its weight)
@@ -44,9 +45,9 @@ def combine(y: Tensor, slopes: Sequence[Tensor], weights: Weights, h: float) -> 
     if not weights:
         return y
     index, weight = weights[0]
-    total = torch.add(y, slopes[index], alpha=h * weight)
+    total, grow = torch.add(y, slopes[index], alpha=h * weight), _growth()
     for index, weight in weights[1:]:
-        total.add_(slopes[index], alpha=h * weight)
+        total = grow(total, slopes[index], alpha=h * weight)
     return total
 
 
@@ -55,10 +56,15 @@ def weighted_sum(slopes: Sequence[Tensor], weights: Weights, h: float) -> Tensor
     if not weights:
         return torch.zeros_like(slopes[0])
     index, weight = weights[0]
-    total = slopes[index] * (h * weight)
+    total, grow = slopes[index] * (h * weight), _growth()
     for index, weight in weights[1:]:
-        total.add_(slopes[index], alpha=h * weight)
+        total = grow(total, slopes[index], alpha=h * weight)
     return total
+
+
+def _growth() -> Callable[..., Tensor]:
+    """Addition in place, but where torch.func may transform the slope and not the sum."""
+    return Tensor.add if is_transformed() else Tensor.add_
 
 
 def rms(x: Tensor) -> Tensor:

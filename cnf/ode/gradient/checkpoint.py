@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cnf.error import InputError
-from cnf.ode.control import Adaptive
 from cnf.ode.field import Evaluation, Field, alias
 from cnf.ode.gradient.backprop import put, replay, take
 from cnf.ode.gradient.higher import pulled_back
@@ -24,7 +23,7 @@ from cnf.ode.gradient.problem import (
     vjp,
 )
 from cnf.ode.integrate import Accepted, Problem, Stats, integrate
-from cnf.ode.method import ExplicitRungeKutta
+from cnf.ode.method import Evaluate, ExplicitRungeKutta, Step
 from cnf.ode.state import Leaves
 from cnf.ode.trajectory import Path
 
@@ -75,7 +74,8 @@ class Checkpoint:
     def record(self, problem: Problem, y: Leaves) -> Record:
         """An empty record that keeps what the settings say."""
         if self.keep == "stages":
-            return Stages(problem)
+            assert isinstance(problem.method, ExplicitRungeKutta)
+            return Stages(problem.method.tableau.used_stages)
         if self.keep == "sqrt":
             return Record(None)
         if self.memory is None:
@@ -104,25 +104,37 @@ class Record(list[Accepted]):
 
 
 class Stages(Record):
-    """The accepted steps, each with the states of its stages one after the other."""
+    """The accepted steps, each with the states of its stages one after the other.
 
-    def __init__(self, problem: Problem) -> None:
+    used: how many stages the solution reads; points: the states of the last step's, but the first.
+    """
+
+    def __init__(self, used: int) -> None:
         super().__init__(0)
-        assert isinstance(problem.method, ExplicitRungeKutta)
-        tableau, self._field = problem.method.tableau, problem.field
-        used = tableau.used_stages
-        self._calls = (tableau.stages if isinstance(problem.control, Adaptive) else used) - 1
-        self._used, self._points = used, list[Leaves]()
-
-    def __call__(self, t: Any, y: Leaves) -> Evaluation:
-        """The problem's field, whose arguments are noted until the step is accepted."""
-        self._points.append(y)
-        return self._field(t, y)
+        self.used, self.points = used, list[Leaves]()
 
     def append(self, step: Accepted) -> None:
-        stages = self._points[len(self._points) - self._calls :][: self._used - 1]
-        super().append(step._replace(y=tuple(leaf for y in (step.y, *stages) for leaf in y)))
-        self._points.clear()
+        stages = (step.y, *self.points[: self.used - 1])
+        super().append(step._replace(y=tuple(leaf for y in stages for leaf in y)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Noted(Problem):
+    """A problem whose record is told where the stages of every step are, until one is accepted."""
+
+    record: Stages
+
+    def step(
+        self, field: Evaluate, t: Any, h: Any, y: Leaves, first: Evaluation, estimate: bool
+    ) -> Step:
+        points = self.record.points
+        points.clear()
+
+        def noting(moment: Any, point: Leaves) -> Evaluation:
+            points.append(point)
+            return field(moment, point)
+
+        return super().step(noting, t, h, y, first, estimate)
 
 
 def as_bytes(memory: int | str) -> int:
@@ -146,7 +158,7 @@ class _Replayed(torch.autograd.Function):
         problem, width = job.problem, job.width
         y = tensors[:width]
         record = job.settings.record(problem, y)
-        noted = replace(problem, field=record) if isinstance(record, Stages) else problem
+        noted = _Noted(**vars(problem), record=record) if isinstance(record, Stages) else problem
         trajectory = integrate(noted, y, job.stats, first=job.first, keep=record)
         job.path.append(trajectory.path)
         ctx.job = job
