@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cnf.ode.field import Evaluation
 from cnf.ode.method import Evaluate, ExplicitRungeKutta, Method
-from cnf.ode.state import Leaves
+from cnf.ode.state import Leaves, across
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,19 @@ class Polynomial:
 
     coefficients: tuple[list[Tensor], ...]
 
-    def __call__(self, theta: Any) -> Leaves:
-        """The state at θ: a float, or a tensor that is broadcast against each leaf."""
+    def __call__(self, theta: float) -> Leaves:
+        """The state at θ."""
         return tuple(_horner(leaf, theta) for leaf in self.coefficients)
+
+    def at_each(self, theta: Tensor) -> Leaves:
+        """The state at every θ, (times,): leaves of shape (times, …)."""
+        return tuple(
+            _horner(leaf, across(theta, leaf[0].unsqueeze(0))) for leaf in self.coefficients
+        )
+
+    def of_rows(self, theta: Tensor) -> Leaves:
+        """The state of every row at its own θ, (rows,)."""
+        return tuple(_horner(leaf, across(theta, leaf[0])) for leaf in self.coefficients)
 
 
 def interpolation_order(method: Method) -> int:

@@ -13,7 +13,6 @@ from cnf.error import IntegrationError
 from cnf.ode.control import Adaptive
 from cnf.ode.event import locate
 from cnf.ode.field import Evaluation
-from cnf.ode.interpolate import interpolant
 from cnf.ode.method import Step
 from cnf.ode.state import Leaves, bad_rows, is_finite, precise_dtype
 from cnf.ode.tangent import is_mapped
@@ -207,7 +206,7 @@ class _March:
         """(event, θ) of the first of the crossed events, at t + θh."""
         watch, t = self.problem.watch, self.t
         assert watch is not None and self.events is not None and self.first is not None
-        inside = interpolant(self.problem.method, self.evaluate, t, h, self.y, self.first)
+        inside = self.problem.interpolant(self.evaluate, t, h, self.y, self.first)
         found = []
         for i in crossed.tolist():
 

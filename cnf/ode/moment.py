@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from cnf.ode.field import Evaluation
-from cnf.ode.state import Leaves
+from cnf.ode.state import Leaves, across
 from cnf.ode.trajectory import Problem, on_device
 
 
@@ -49,12 +49,6 @@ def at_time(
     known: the same time on the host, or (batch,) of such.
     """
     return slide(field, _known(problem, known, problem.times[0], y), _zero(problem, t), y)
-
-
-def across(shift: Tensor, leaf: Tensor) -> Tensor:
-    """Lengths of time, shaped to multiply a leaf whose first axes they are."""
-    shift = shift.to(leaf.device, leaf.dtype)
-    return shift.reshape((*shift.shape, *[1] * (leaf.ndim - shift.ndim)))
 
 
 def _zero(problem: Problem, t: Tensor) -> Tensor:

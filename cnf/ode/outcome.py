@@ -13,10 +13,8 @@ from torch import Tensor
 from cnf.error import InputError
 from cnf.ode.event import Watch
 from cnf.ode.gradient.problem import Solved, stack
-from cnf.ode.interpolate import interpolant
-from cnf.ode.method import OwnPace
-from cnf.ode.moment import across, at_time, slide
-from cnf.ode.state import Leaves
+from cnf.ode.moment import at_time, slide
+from cnf.ode.state import Leaves, across
 from cnf.ode.trajectory import Counted, Path, Problem, Stats, on_device, on_host
 
 
@@ -43,52 +41,55 @@ class Met(NamedTuple):
 class Requested(NamedTuple):
     """States and integrals at the requested times, each leaf of shape (times, …).
 
-    reached: how many of the times came before an event, or (times, batch) of such; None for all.
+    reached: which of the times came before an event, bool of shape (times,), or (times, batch)
+    where every row has its own steps.
     """
 
     states: Leaves
     integrals: Leaves
-    reached: Any = None
+    reached: np.ndarray
 
     def after(self, met: Met) -> Requested:
         """The same, staying at the event from there on."""
-        return Requested(
-            tuple(map(self._stay, self.states, met.y)),
-            tuple(map(self._stay, self.integrals, met.integral)),
-            self.reached,
+        if self.reached.all():
+            return self
+        mask = torch.from_numpy(self.reached).to(met.time.device)
+        states, integrals = (
+            tuple(
+                torch.where(mask.reshape((*mask.shape, *[1] * (leaf.ndim - mask.ndim))), leaf, end)
+                for leaf, end in zip(leaves, ends, strict=True)
+            )
+            for leaves, ends in ((self.states, met.y), (self.integrals, met.integral))
         )
-
-    def _stay(self, leaf: Tensor, last: Tensor) -> Tensor:
-        if isinstance(self.reached, int):
-            rest = len(leaf) - self.reached
-            return torch.cat([leaf[: self.reached], last.expand(rest, *last.shape)])
-        mask = torch.from_numpy(self.reached).to(leaf.device)
-        return torch.where(mask.reshape(*mask.shape, *[1] * (leaf.ndim - 2)), leaf, last)
+        return Requested(states, integrals, self.reached)
 
 
 def at_requested_times(problem: Problem, solved: Solved) -> Requested:
     """The arrivals at the output times."""
-    count = len(problem.times)
+    count, path = len(problem.times), solved.path
     if problem.per_sample:
+        reached = np.ones(problem.times.shape, dtype=bool)
+        if problem.watch:
+            ends = path.times[0][-1]
+            late = (problem.times - np.where(np.isnan(ends), np.inf, ends)) * problem.direction
+            reached = np.isnan(ends) | (late < 0)
         states, integrals = (
             tuple(leaf[:count] for leaf in part) for part in (solved.states, solved.integrals)
         )
-        if not problem.watch:
-            return Requested(states, integrals)
-        ends = solved.path.times[0][-1]
-        late = (problem.times - np.where(np.isnan(ends), np.inf, ends)) * problem.direction
-        return Requested(states, integrals, np.isnan(ends) | (late < 0))
-    labels = solved.path.labels
-    places = [labels.index(k) for k in range(count) if k in labels]
-    if len(places) == len(labels):
-        return Requested(solved.states, solved.integrals)
-    missing = count - len(places)
-    chosen = torch.tensor(places + [len(labels) - 1] * missing, device=solved.states[0].device)
+        return Requested(states, integrals, reached)
+    if not (problem.watch or problem.dense):
+        return Requested(solved.states, solved.integrals, np.ones(count, dtype=bool))
+    places = {label: place for place, label in enumerate(path.labels)}
+    reached = np.array([k in places for k in range(count)])
+    last = len(path.labels) - 1
+    chosen = torch.tensor(
+        [places.get(k, last) for k in range(count)], device=solved.states[0].device
+    )
     states, integrals = (
         tuple(leaf.index_select(0, chosen) for leaf in part)
         for part in (solved.states, solved.integrals)
     )
-    return Requested(states, integrals, len(places))
+    return Requested(states, integrals, reached)
 
 
 def read_at_times(
@@ -98,20 +99,21 @@ def read_at_times(
 
     start: y0, which is no function of t[0].
     """
-    evaluate, calls = Counted(problem.field, stats), stats.calls
+    evaluate, rows = Counted(problem.field, stats), problem.per_sample
     states, integrals = [start], [tuple(torch.zeros_like(leaf[0]) for leaf in requested.integrals)]
-    for i in range(1, len(t)):
+    for i, here in enumerate(requested.reached[1:], start=1):
         y, q = (tuple(leaf[i] for leaf in part) for part in (requested.states, requested.integrals))
-        moment, known, reached = t[i], problem.times[i], requested.reached
-        if isinstance(reached, np.ndarray):  # a row stays at its event, whatever the time
-            moment = torch.where(torch.from_numpy(reached[i]).to(t.device), moment, moment.detach())
-            known = np.where(reached[i], known, path.times[0][-1])
-        if not isinstance(reached, int) or i < reached:
+        if np.any(here):
+            moment, known, calls = t[i], problem.times[i], stats.calls
+            if not np.all(here):  # a row stays at its event, whatever the time
+                moment = torch.where(torch.from_numpy(here).to(t.device), moment, moment.detach())
+                known = np.where(here, known, path.times[0][-1])
             y, more = at_time(problem, evaluate, known, moment, y)
             q = tuple(a + b.to(a.dtype) for a, b in zip(q, more, strict=True))
+            counted = torch.from_numpy(here) if rows else 1
+            stats.nfe = stats.nfe + (stats.calls - calls) * counted
         states.append(y)
         integrals.append(q)
-    stats.nfe = stats.nfe + stats.calls - calls
     return Requested(stack(states), stack(integrals), requested.reached)
 
 
@@ -156,8 +158,8 @@ def _rows_met(problem: Problem, solved: Solved, stats: Stats) -> Met:
     )
     met = Met(torch.full_like(watch.clock(host), torch.nan), index, states, integrals)
     for event in np.unique(path.stopped[path.stopped >= 0]).tolist():
-        found = _corrected(problem, stats, event, host, states, integrals)
         here = index == event
+        found = _corrected(problem, stats, event, host, states, integrals, here.cpu())
         met = Met(
             torch.where(here, found.time, met.time),
             index,
@@ -174,13 +176,13 @@ def _finite_end(problem: Problem) -> np.ndarray:
 
 
 def _corrected(
-    problem: Problem, stats: Stats, event: int, t: Any, y: Leaves, integral: Leaves
+    problem: Problem, stats: Stats, event: int, t: Any, y: Leaves, integral: Leaves, of: Any = 1
 ) -> Met:
     """The zero of g near (t, y), by Newton's method along the solution, with its derivatives.
 
-    Two of its steps are exact up to the second derivatives.
+    Two of its steps are exact up to the second derivatives.  of: 1, or which rows it is for.
     """
-    watch, evaluate = problem.watch, Counted(problem.field, stats)
+    watch, evaluate, calls = problem.watch, Counted(problem.field, stats), stats.calls
     assert watch is not None
     moment = watch.clock(t)
     largest = 0.01 * _lengths(problem, t).to(moment)
@@ -191,6 +193,7 @@ def _corrected(
         y, more = slide(evaluate, moment, shift, y, value)
         moment = moment + shift
         integral = tuple(a + b.to(a.dtype) for a, b in zip(integral, more, strict=True))
+    stats.nfe = stats.nfe + (stats.calls - calls) * of
     return Met(moment, torch.full_like(moment, event, dtype=torch.long), y, integral)
 
 
@@ -264,23 +267,18 @@ class Dense:
         y = tuple(leaf[piece] for leaf in self.solved.states)
         start, h = float(times[piece]), float(times[piece + 1] - times[piece])
         first = problem.first_stage(problem.field, start, h, y)
-        inside = interpolant(problem.method, problem.field, start, h, y, first)
-        theta = (t - start) / h
-        return tuple(
-            _polynomial(part, theta.to(leaf.real.dtype), leaf.ndim)
-            for part, leaf in zip(inside.coefficients, y, strict=True)
-        )
+        inside = problem.interpolant(problem.field, start, h, y, first)
+        return inside.at_each((t - start) / h)
 
     def _of_rows(self, t: Tensor) -> Leaves:
         """Where every row has its own steps: (*t.shape without the batch, batch, …)."""
         batch = self.solved.states[0].shape[1]
-        each = t.ndim >= 1 and t.shape[-1] == batch and (t.ndim == 2 or t.shape == (batch,))
-        if t.ndim > 2 or (t.ndim == 2 and not each):
+        if t.ndim > 2 or (t.ndim == 2 and t.shape[1] != batch):
             raise InputError(
-                f"t must be a number, or of shape (times,), ({batch},) or (times, {batch}), got "
+                f"t must be a number, or of shape (times,) or (times, {batch}), got "
                 f"{tuple(t.shape)}"
             )
-        moments = t if each else t.unsqueeze(-1).expand(*t.shape, batch)
+        moments = t if t.ndim == 2 else t.unsqueeze(-1).expand(*t.shape, batch)
         shape = moments.shape[:-1]
         if not moments.numel():
             return tuple(leaf.new_zeros((*shape, *leaf.shape[1:])) for leaf in self.solved.states)
@@ -298,13 +296,8 @@ class Dense:
         y = tuple(leaf.index_select(0, at) for leaf in self.solved.starts)
         start, h = on_device(start, y), on_device(h, y)
         first = problem.first_stage(problem.field, start, h, y)
-        pace = OwnPace(problem.field, start, h)
-        inside = interpolant(problem.method, pace, 0.0, 1.0, y, pace.scaled(first))
-        theta = (t - start) / h
-        return tuple(
-            _horner(part, across(theta, leaf.real))
-            for part, leaf in zip(inside.coefficients, y, strict=True)
-        )
+        inside = problem.interpolant(problem.field, start, h, y, first)
+        return inside.of_rows((t - start) / h)
 
     def _places(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of each row's step that holds its t: the place among all steps, its start, its length."""
@@ -340,15 +333,3 @@ def _check_inside(t: np.ndarray, start: float, end: float, whose: str = "") -> N
         raise InputError(
             f"t={t[outside][0]:g} lies outside the solution's interval{whose}, {low:g} to {high:g}"
         )
-
-
-def _polynomial(coefficients: list[Tensor], theta: Tensor, ndim: int) -> Tensor:
-    """At many θ: (θ, *leaf.shape)."""
-    return _horner([c.unsqueeze(0) for c in coefficients], theta.reshape(-1, *[1] * ndim))
-
-
-def _horner(coefficients: list[Tensor], theta: Tensor) -> Tensor:
-    total = coefficients[-1]
-    for coefficient in reversed(coefficients[:-1]):
-        total = total * theta + coefficient
-    return total.expand(torch.broadcast_shapes(total.shape, (theta * coefficients[0]).shape))

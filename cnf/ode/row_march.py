@@ -18,8 +18,7 @@ from cnf.error import IntegrationError
 from cnf.ode.control import Adaptive, on_grid
 from cnf.ode.event import locate
 from cnf.ode.field import Evaluation
-from cnf.ode.interpolate import interpolant
-from cnf.ode.method import OwnPace, Step
+from cnf.ode.method import Step
 from cnf.ode.state import Leaves, bad_rows, is_finite, precise_dtype
 from cnf.ode.trajectory import (
     Accepted,
@@ -31,6 +30,7 @@ from cnf.ode.trajectory import (
     failure,
     first_size,
     on_device,
+    on_host,
     tiniest,
 )
 
@@ -303,7 +303,7 @@ class _RowMarch:
         which, theta = self._first_events(crossed, before, after, h)
         cut = met & (theta < 1.0)
         if cut.any():
-            h = np.where(cut, theta * h, h)
+            h = np.where(cut, theta, 1.0) * h
             end = np.where(cut, self.t + h, end)
             t0, h0 = on_device(self.t, self.y), on_device(h, self.y)
             assert self.first is not None
@@ -328,17 +328,14 @@ class _RowMarch:
         watch = self.problem.watch
         assert watch is not None and self.first is not None
         t0, h0 = on_device(self.t, self.y), on_device(h, self.y)
-        pace = OwnPace(self.evaluate, t0, h0)
-        method = self.problem.method
-        inside = interpolant(method, pace, 0.0, 1.0, self.y, pace.scaled(self.first))
+        inside = self.problem.interpolant(self.evaluate, t0, h0, self.y, self.first)
         which = np.full(len(self.t), -1)
         theta = np.full(len(self.t), np.inf)
         for i in np.flatnonzero(crossed.any(1)).tolist():
 
             def g(share: Array, i: int = i) -> Array:
                 at = on_device(share, self.y)
-                y = tuple(_each(inside.coefficients[k], at, leaf) for k, leaf in enumerate(self.y))
-                return watch.value(i, t0 + at * h0, y).double().cpu().numpy()
+                return on_host(watch.value(i, t0 + at * h0, inside.of_rows(at)))
 
             # rows that did not cross are given a bracket that is closed already
             start = np.where(crossed[i], before[i], 1.0)
@@ -423,16 +420,6 @@ def _where(moved: Tensor, new: Leaves, old: Leaves, everybody: bool = False) -> 
 
 def _take(leaves: Leaves, at: Tensor) -> Leaves:
     return tuple(leaf.index_select(0, at) for leaf in leaves)
-
-
-def _each(coefficients: list[Tensor], theta: Tensor, leaf: Tensor) -> Tensor:
-    """One leaf of a polynomial at a θ of each row's own."""
-    real = leaf.real.dtype if leaf.dtype.is_complex else leaf.dtype
-    theta = theta.to(real).reshape(-1, *[1] * (leaf.ndim - 1))
-    total = coefficients[-1]
-    for coefficient in reversed(coefficients[:-1]):
-        total = total * theta + coefficient
-    return total
 
 
 def _last(problem: Problem) -> float:

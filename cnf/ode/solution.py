@@ -72,8 +72,9 @@ class Solution:
     def __call__(self, t: Any) -> Any:
         """The state at any time t inside the interval: (*t.shape, *y0.shape), differentiable.
 
-        t: a number or tensor; where every row has its own steps also (batch,) or (times, batch), a
-        time for each row.  Raises InputError outside the interval, or without dense=True.
+        t: a number or tensor of any shape; where every row has its own steps a number, (times,), or
+        (times, batch) for times of each row's own.  Raises InputError outside the interval, or
+        without dense=True.
         """
         if self.dense is None:
             raise InputError("the solution is known at t alone; solve with dense=True")

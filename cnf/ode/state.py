@@ -67,6 +67,12 @@ def _growth() -> Callable[..., Tensor]:
     return Tensor.add if is_transformed() else Tensor.add_
 
 
+def across(numbers: Tensor, leaf: Tensor) -> Tensor:
+    """Real numbers, shaped to multiply a leaf whose first axes they are."""
+    numbers = numbers.to(leaf.device, leaf.real.dtype)
+    return numbers.reshape((*numbers.shape, *[1] * (leaf.ndim - numbers.ndim)))
+
+
 def rms(x: Tensor) -> Tensor:
     """Root mean square of all entries, a 0-d real tensor; 0 for an empty one."""
     return torch.linalg.vector_norm(x) / max(x.numel(), 1) ** 0.5

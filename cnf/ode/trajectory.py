@@ -15,8 +15,10 @@ from cnf.error import IntegrationError
 from cnf.ode.control import Adaptive, Control, FixedStep, choose
 from cnf.ode.event import Watch
 from cnf.ode.field import Evaluation
+from cnf.ode.interpolate import Polynomial, interpolant
 from cnf.ode.method import Evaluate, Method, OwnPace, Step, take_step
 from cnf.ode.state import Leaves, as_matrix
+from cnf.ode.tangent import is_transformed
 
 Count = Any  # an int, or an int64 tensor of shape (batch,) where every row has its own steps
 Times = Any  # a tuple of floats, or a float64 array of shape (times, batch)
@@ -92,6 +94,17 @@ class Problem:
     def first_stage(self, field: Evaluate, t: Any, h: Any, y: Leaves) -> Evaluation:
         """The field at the start of the step from (t, y) by h."""
         return (self._inside(field, t, h) if self.control.jumps else field)(t, y)
+
+    def interpolant(
+        self, field: Evaluate, t: Any, h: Any, y: Leaves, first: Evaluation
+    ) -> Polynomial:
+        """The solution inside the step from (t, y) by h, where the field is `first`."""
+        if self.control.jumps:
+            field = self._inside(field, t, h)
+        if not isinstance(h, Tensor):
+            return interpolant(self.method, field, t, h, y, first)
+        pace = OwnPace(field, t, h)
+        return interpolant(self.method, pace, 0.0, 1.0, y, pace.scaled(first))
 
     def _inside(self, field: Evaluate, t: Any, h: Any) -> Evaluate:
         """The field on a step that may begin or end at a jump: seen from inside the step."""
@@ -248,8 +261,11 @@ def _smaller(a: Any, b: Any) -> Any:
 
 
 def on_host(numbers: Tensor) -> np.ndarray:
-    """The numbers of a tensor in float64: one device-to-host read, under torch.func too."""
-    return np.array(numbers.detach().double().tolist(), dtype=np.float64).reshape(numbers.shape)
+    """The numbers of a tensor in float64: one device-to-host read."""
+    numbers = numbers.detach().double()
+    if is_transformed():  # torch.func lets numbers be read, but makes no arrays
+        return np.array(numbers.tolist(), dtype=np.float64).reshape(numbers.shape)
+    return numbers.cpu().numpy()
 
 
 def _unit(control: Adaptive) -> float:
@@ -284,7 +300,7 @@ def _largest_rms(parts: Sequence[Tensor], units: Sequence[float], of_rows: bool)
     rows = [as_matrix(part) if of_rows else part.flatten()[None] for part in parts]
     norms = torch.stack([torch.linalg.vector_norm(row, dim=1).double() for row in rows])
     weights = [1 / (unit * _root(row.shape[1])) for unit, row in zip(units, rows, strict=True)]
-    largest = (norms.cpu().numpy().T * weights).max(-1)
+    largest = (on_host(norms).T * weights).max(-1)
     return largest if of_rows else float(largest[0])
 
 

@@ -28,7 +28,7 @@ from cnf.ode.gradient.problem import (
 )
 from cnf.ode.gradient.row_adjoint import back_through_rows
 from cnf.ode.integrate import Accepted, Problem, Stats, integrate
-from cnf.ode.interpolate import Polynomial, interpolant
+from cnf.ode.interpolate import Polynomial
 from cnf.ode.state import Leaves, largest, rms
 from cnf.ode.trajectory import Path
 
@@ -217,7 +217,7 @@ class _Interpolated:
 
     def _polynomial(self, one: Accepted) -> Polynomial:
         first = self._problem.first_stage(self._field, one.t, one.h, one.y)
-        return interpolant(self._problem.method, self._field, one.t, one.h, one.y, first)
+        return self._problem.interpolant(self._field, one.t, one.h, one.y, first)
 
 
 def _real(leaf: Tensor) -> torch.dtype:

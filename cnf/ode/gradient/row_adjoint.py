@@ -18,9 +18,7 @@ from cnf.error import IntegrationError
 from cnf.ode.field import Evaluation, Field
 from cnf.ode.gradient.problem import Job, add_gradients, vjp
 from cnf.ode.integrate import Accepted, Problem, Stats, integrate
-from cnf.ode.interpolate import interpolant
-from cnf.ode.method import OwnPace
-from cnf.ode.state import Leaves, largest, row_rms
+from cnf.ode.state import Leaves, across, largest, row_rms
 
 # three nodes of Gauss and Legendre on (0, 1): exact for polynomials of degree 5
 _NODES = (0.5 - 0.15**0.5, 0.5, 0.5 + 0.15**0.5)
@@ -95,7 +93,7 @@ def _interval(
     scale = largest([row_rms(bar) for bar in bars])
     scale = torch.where(scale == 0, 1.0, scale)
     units = [
-        torch.where(_across(scale, bar).isfinite(), bar / _across(scale, bar), 0.0) for bar in bars
+        torch.where(across(scale, bar).isfinite(), bar / across(scale, bar), 0.0) for bar in bars
     ]
     augmented = _Augmented(field, field.row_wise, tuple(units[width:]), width, stats)
     adjoint = replace(
@@ -109,17 +107,13 @@ def _interval(
     except IntegrationError as error:
         error.partial = None  # what was reached is the adjoint's, not the solution's
         raise
-    return [leaf[1] * _across(scale, leaf[1]) for leaf in found.states[0][width:]]
+    return [leaf[1] * across(scale, leaf[1]) for leaf in found.states[0][width:]]
 
 
 def _plain(control: Any) -> Any:
     return (
         replace(control, quadrature_atol=None) if hasattr(control, "quadrature_atol") else control
     )
-
-
-def _across(scale: Tensor, leaf: Tensor) -> Tensor:
-    return scale.to(leaf.real.dtype).reshape(-1, *[1] * (leaf.ndim - 1))
 
 
 @dataclass(frozen=True)
@@ -177,16 +171,15 @@ class _Quadrature(list[Accepted]):
         field = self._rows(one)
         scale = self._scale if one.rows is None else self._scale.index_select(0, one.rows)
         problem = self._problem
-        pace = OwnPace(field, one.t, one.h)
-        first = pace.scaled(problem.first_stage(field, one.t, one.h, one.y))
-        inside = interpolant(problem.method, pace, 0.0, 1.0, one.y, first)
+        first = problem.first_stage(field, one.t, one.h, one.y)
+        inside = problem.interpolant(field, one.t, one.h, one.y, first)
         for node, weight in zip(_NODES, _WEIGHTS, strict=True):
             state = inside(node)
             y = tuple(leaf.detach() for leaf in state[: field.width])
             field = self._rows(one)  # anew: its graph serves once
             value = field.value(torch.add(one.t, one.h, alpha=node), y)
             size = one.h * scale.double() * -weight
-            bars = [bar * _across(size, bar) for bar in field.bars(value, state)]
+            bars = [bar * across(size, bar) for bar in field.bars(value, state)]
             found = vjp((*value.slope, *value.rates), bars, self._wanted)
             add_gradients(self._totals, found)
 
