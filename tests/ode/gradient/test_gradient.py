@@ -547,22 +547,6 @@ def test_a_loss_that_does_not_read_the_solution_has_gradient_zero(gradient):
     assert torch.equal(by_y, torch.ones(3, 2, dtype=F64)) and by_w.abs().sum() == 0
 
 
-@pytest.mark.parametrize("gradient", LEAN)
-def test_a_second_derivative_is_refused_and_not_wrong(gradient):
-    y0 = torch.randn(3, dtype=F64, requires_grad=True)
-    sol = solve(lambda t, y: torch.sin(y), y0, [0.0, 1.0], gradient=gradient)
-    (first,) = grad(sol.y[-1].sum(), y0, create_graph=True)
-    with pytest.raises(RuntimeError):
-        grad(first.sum(), y0)
-
-
-def test_backprop_has_second_derivatives():
-    def second(y0):
-        return solve(lambda t, y: torch.sin(y) * t, y0, [0.0, 1.0], **exact_for("backprop")).y[-1]
-
-    assert torch.autograd.gradgradcheck(second, (torch.randn(2, dtype=F64, requires_grad=True),))
-
-
 def test_the_adjoint_says_so_where_it_cannot_go_back():
     def one_way(t, y):
         return torch.where(back[0] & (t < 0.5), y * math.nan, -y)
