@@ -17,6 +17,7 @@ from cnf.ode.method import Step
 from cnf.ode.state import Leaves, bad_rows, is_finite, precise_dtype
 from cnf.ode.tangent import is_mapped
 from cnf.ode.trajectory import (
+    BEYOND,
     Accepted,
     Counted,
     Problem,
@@ -151,7 +152,7 @@ class _March:
             self.refused += 1
             self.stats.rejected += 1
             self.size = control.within(length * factor)
-            self._check_hope(ratio, control)
+            self._check_hope(ratio, control, step.y)
             return False
         self.size = control.after(self.size, length, factor, self.refused > 0)
         self.refused = 0
@@ -220,19 +221,19 @@ class _March:
         theta, index = min(found)
         return index, theta
 
-    def _check_hope(self, ratio: float, control: Adaptive) -> None:
-        """After a refused step: go on, or say why no step will do."""
+    def _check_hope(self, ratio: float, control: Adaptive, tried: Leaves) -> None:
+        """After a refused step, to the state `tried`: go on, or say why no step will do."""
         first = self.first
         assert first is not None  # the attempt needed it
         if not math.isfinite(ratio) and not is_finite((*first.slope, *first.rates)):
             reason = "the field returned a non-finite value"
             raise self._failure(reason, self.size, bad_rows(first.slope))
-        rows = [] if math.isfinite(ratio) else bad_rows(self.y)
+        rows, why = ([], "") if math.isfinite(ratio) else (bad_rows(tried), BEYOND)
         if self.size < self.tiniest:
-            raise self._failure("the step vanished", self.size, rows)
+            raise self._failure("the step vanished" + why, self.size, rows)
         if self.refused >= control.max_rejections:
             reason = f"max_rejections={control.max_rejections} attempts in a row were refused"
-            raise self._failure(reason, self.size, rows)
+            raise self._failure(reason + why, self.size, rows)
 
     def _failure(self, reason: str, step: float, rows: Sequence[int] = ()) -> IntegrationError:
         pairs = zip(self.out.labels, self.out.states, strict=True)

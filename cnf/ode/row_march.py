@@ -21,6 +21,7 @@ from cnf.ode.field import Evaluation
 from cnf.ode.method import Step
 from cnf.ode.state import Leaves, bad_rows, is_finite, precise_dtype
 from cnf.ode.trajectory import (
+    BEYOND,
     Accepted,
     Counted,
     Problem,
@@ -96,7 +97,9 @@ class _RowMarch:
             torch.zeros_like(rate, dtype=precise_dtype(rate)) for rate in first.rates
         )
         self.direction = problem.direction
-        self.size = self._grid(first_size(problem, self.evaluate, self.y, first))
+        self.size = first_size(problem, self.evaluate, self.y, first)
+        if isinstance(problem.control, Adaptive) and problem.control.first_step is None:
+            self.size = self._grid(self.size)
         self.counts[0] = stats.calls
         self.tiniest = tiniest(problem)
         self.targets, self.labels = _targets(problem)
@@ -188,7 +191,8 @@ class _RowMarch:
         factor = control.factor(ratio, self.problem.method.order, self.ratios)
         grown = control.after(self.size, length, factor, self.refused > 0)
         shrunk = control.within(length * factor)
-        self.size = self._grid(np.where(accept, grown, np.where(refuse, shrunk, self.size)))
+        wanted = np.where(accept, grown, np.where(refuse, shrunk, self.size))
+        self.size = self._grid(wanted, below=np.where(refuse, length, np.inf))
         self.refused = np.where(refuse, self.refused + 1, np.where(accept, 0, self.refused))
         last, before = self.ratios
         self.ratios = (
@@ -208,10 +212,17 @@ class _RowMarch:
         self.counts[0, self.rows[needed]] += self.stats.calls - calls
         return self.stats.calls
 
-    def _grid(self, size: Array) -> Array:
-        """Sizes that do not carry the rounding of a batch's arithmetic; fixed ones stay."""
+    def _grid(self, size: Array, below: Any = np.inf) -> Array:
+        """Sizes that do not carry the rounding of a batch's arithmetic; fixed ones stay.
+
+        below: what they must be shorter than, unless that is the shortest there may be.
+        """
         control = self.problem.control
-        return control.within(on_grid(size)) if isinstance(control, Adaptive) else size
+        if not isinstance(control, Adaptive):
+            return size
+        found = on_grid(size)
+        found = np.where(found < below, found, on_grid(0.95 * below))
+        return np.where(size <= control.min_step, control.min_step, control.within(found))
 
     def _accept(self, step: Step, accept: Array, h: Array, end: Array, slot: Array) -> None:
         """Move the rows whose steps were good enough; the others stay where they are."""
@@ -366,11 +377,13 @@ class _RowMarch:
                 raise self._failure("the field returned a non-finite value", self._numbers(bad))
         vanished = refuse & (self.size < self.tiniest)
         if vanished.any():
-            raise self._failure("the step vanished", self.rows[vanished])
+            why = BEYOND if wild[vanished].any() else ""
+            raise self._failure("the step vanished" + why, self.rows[vanished])
         hopeless = refuse & (self.refused >= control.max_rejections)
         if hopeless.any():
             reason = f"max_rejections={control.max_rejections} attempts in a row were refused"
-            raise self._failure(reason, self.rows[hopeless])
+            why = BEYOND if wild[hopeless].any() else ""
+            raise self._failure(reason + why, self.rows[hopeless])
 
     def _reached(self, output: int) -> Leaves:
         """The states at an output time that every row reached, or met its event before."""

@@ -131,6 +131,7 @@ def solve(
     chosen = choose_method(method)
     steps = _choose_control(chosen, rtol, atol, step_size, control)
     _check_transforms(steps, events)
+    _check_precision(y, steps)
     times = _checked_times(t, y, steps, any(event.terminal for event in events))
     how = _choose_gradient(gradient)
     _check_budget(times, steps, max_steps)
@@ -251,6 +252,18 @@ def _first_look(
     if seen or found:
         field = replace(field, rates=seen[0] if seen else None, captured=field.captured + found)
     return field, first
+
+
+def _check_precision(y: Leaves, control: Control) -> None:
+    """Raises InputError where half precision rounds coarser than the tolerance."""
+    for leaf in y:
+        rounds = torch.finfo(leaf.dtype).eps
+        if isinstance(control, Adaptive) and rounds > 1e-4 and control.rtol < rounds:
+            raise InputError(
+                f"y0 is {leaf.dtype}, which rounds to {rounds:.0e} of a number: rtol="
+                f"{control.rtol:g} cannot be met; solve in float32 and cast inside the field, or "
+                "give step_size="
+            )
 
 
 def _check_mode(how: Gradient, tensors: Sequence[Tensor]) -> None:

@@ -308,6 +308,9 @@ def _root(size: int) -> float:
     return math.sqrt(size or 1)
 
 
+BEYOND = " before a non-finite value"  # said of steps that were refused for one
+
+
 def failure(
     reason: str,
     problem: Problem,
