@@ -401,7 +401,8 @@ class _RowMarch:
         first = at[0] if len(at) else 0
         passed = np.arange(len(self.targets))[:, None] < self.next[self.alive]
         outputs = (passed & (self.labels[:, self.rows[self.alive]] >= 0)).sum(0)
-        states = [self._reached(i) for i in range(1 + int(outputs.min(initial=0)))]
+        count = 1 + int(outputs.min(initial=len(self.problem.times) - 1))
+        states = [self._reached(i) for i in range(count)]
         t, size = float(self.t[first]), float(self.size[first])
         return failure(reason, self.problem, t, size, self.stats, states, rows[:5].tolist())
 

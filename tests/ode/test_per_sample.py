@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.autograd import grad, gradcheck
 
-from cnf.error import InputError
+from cnf.error import InputError, IntegrationError
 from cnf.ode.control import Adaptive, FixedStep
+from cnf.ode.event import Event
 from cnf.ode.solution import GRADIENTS, solve
 from cnf.ode.tableau import TABLEAUS
 
@@ -281,6 +283,83 @@ def test_gradients_agree_with_differences(gradient, row_wise, own_times):
         tensors[3] = OUTPUTS.clone().requires_grad_()
     settings = dict(gradient=gradient, row_wise=row_wise, control=FINE)
     assert gradcheck(lambda *x: outputs(*x, **settings), tensors, atol=1e-5, fast_mode=True)
+
+
+# where it cannot go on ---------------------------------------------------------------------------
+
+
+def spoiled(t, y):
+    """Row 2 is no number from t = 0.6 on, or from the time in `y`'s second column."""
+    bad = torch.tensor([False, False, True, False]) & (t > 0.6)
+    return torch.where(bad[:, None], math.nan, -y)
+
+
+Y0 = torch.ones(4, 1, dtype=F64)
+FAILING = {
+    "a field that turns NaN": (dict(field=spoiled), "non-finite.*rows 2"),
+    "a field that is NaN": (
+        dict(field=lambda t, y: torch.where(torch.arange(4)[:, None] == 1, math.nan, y)),
+        "non-finite.*rows 1",
+    ),
+    "a solution that explodes": (
+        dict(field=lambda t, y: y * y, y0=torch.tensor([[0.1], [5.0], [0.1], [0.2]], dtype=F64)),
+        "vanished|non-finite|not finite",
+    ),
+    "a rate that is no number": (
+        dict(
+            field=lambda t, y: (-y, torch.where(torch.arange(4) == 3, math.inf, y[:, 0])),
+            quadrature=True,
+        ),
+        "rate turned non-finite.*rows 3",
+    ),
+}
+
+
+@EACH_CONTROL
+@pytest.mark.parametrize(("given", "says"), FAILING.values(), ids=FAILING)
+def test_a_row_that_cannot_go_on_is_named(control, given, says):
+    with pytest.raises(IntegrationError, match=says) as caught:
+        solve(**{"y0": Y0, "t": [0.0, 0.5, 1.0], "control": control, **given})
+    error = caught.value
+    assert "try" in str(error) and error.step > 0 and error.nfe > 0
+    assert error.partial.shape[1:] == (4, 1) and error.partial.isfinite().all()
+
+
+@EACH_CONTROL
+@pytest.mark.parametrize("extra", [{}, dict(land_on=(0.05, 0.3)), dict(jumps=(0.05, 0.55))])
+def test_what_every_row_has_reached_is_in_the_error(control, extra):
+    control = replace(control, **extra)
+    with pytest.raises(IntegrationError) as caught:
+        solve(spoiled, Y0, [0.0, 0.1, 0.2, 0.5, 1.0], control=control)
+    wanted = torch.exp(-torch.tensor([0.0, 0.1, 0.2, 0.5], dtype=F64))
+    found = caught.value.partial
+    # adaptive rows may be ahead of the one that fails, and it is the slowest that counts
+    assert 3 <= len(found) <= 4
+    assert torch.allclose(found, wanted[: len(found), None, None].expand_as(found), atol=1e-5)
+
+
+def test_a_row_that_met_its_event_before_is_in_the_error_at_its_event():
+    event = Event(lambda t, y: y[:, 0] - torch.tensor([0.9, 0.0, 0.0, 0.0], dtype=F64))
+    with pytest.raises(IntegrationError) as caught:
+        solve(spoiled, Y0, [0.0, 0.05, 0.5, 1.0], control=FIXED, event=event)
+    assert caught.value.partial[2, 0].item() == pytest.approx(0.9, abs=1e-6)
+    assert caught.value.partial[1, 0].item() == pytest.approx(math.exp(-0.05), abs=1e-6)
+
+
+def test_rejections_and_steps_are_bounded_for_each_row():
+    rates = torch.tensor([1.0, 1e4, 1.0], dtype=F64)
+
+    def stiff(t, y, rate):
+        return -rate[:, None] * (y - torch.cos(t)[:, None])
+
+    settings = dict(y0=Y0[:3], t=[0.0, 1.0], rows=[rates])
+    control = Adaptive(1e-6, 1e-6, per_sample=True, first_step=1.0, max_rejections=3)
+    with pytest.raises(IntegrationError, match=r"max_rejections=3 .* were refused.*rows 1"):
+        solve(stiff, control=control, **settings)
+    with pytest.raises(IntegrationError, match=r"max_steps=200 steps .* \(rows 1\)"):
+        solve(stiff, control=ADAPTIVE, max_steps=200, **settings)
+    with pytest.raises(InputError, match="needs 8 steps"):
+        solve(stiff, control=FIXED, max_steps=7, **settings)
 
 
 # what is refused ---------------------------------------------------------------------------------

@@ -342,6 +342,59 @@ def test_two_solves_in_one_autocast_region_read_the_same_weights():
         assert torch.equal(one, two) and one.dtype == torch.float32
 
 
+@pytest.mark.parametrize("steps", [dict(rtol=1e-6, atol=1e-6), dict(step_size=0.05)], ids=str)
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_times_far_from_zero_keep_their_steps_whatever_the_states_precision(steps, per_sample):
+    """In single precision the time could not move by less than 8 there."""
+    t = torch.tensor([1e8, 1e8 + 0.5, 1e8 + 1], dtype=F64)
+    kind = FixedStep if "step_size" in steps else Adaptive
+    sol = solve(
+        decay, torch.ones(2, 1), t, control=kind(**steps, per_sample=per_sample), dense=True
+    )
+    assert sol.y[:, 0, 0].tolist() == pytest.approx([1, math.exp(-0.5), math.exp(-1)], abs=1e-5)
+    inside = sol(t[:1] + 0.25)[0, 0, 0].item()
+    assert inside == pytest.approx(math.exp(-0.25), abs=1e-5)
+
+
+@EACH_GRADIENT
+def test_gradients_reach_the_parts_that_ask_for_them_alone(gradient):
+    x, v = torch.ones(2, dtype=F64, requires_grad=True), torch.ones(3, dtype=F64)
+    field = lambda t, y: {"x": -y["x"] * y["v"].sum(), "v": y["v"] * t}  # noqa: E731
+    sol = solve(field, {"x": x, "v": v}, [0.0, 1.0], gradient=gradient, rtol=1e-9, atol=1e-9)
+    (by_x,) = torch.autograd.grad(sol.y["x"][-1].sum(), x)
+    rise = quad(lambda t: 3 * math.exp(t * t / 2), 0, 1)[0]
+    assert by_x.tolist() == pytest.approx([math.exp(-rise)] * 2, rel=1e-6)
+    assert not v.requires_grad
+
+
+HALF = {
+    "fixed": FixedStep(0.1),
+    "adaptive": Adaptive(2e-2, 2e-2),
+    "fixed of rows": FixedStep(0.1, per_sample=True),
+    "adaptive of rows": Adaptive(2e-2, 2e-2, per_sample=True),
+}
+
+
+@EACH_GRADIENT
+@pytest.mark.parametrize("control", HALF.values(), ids=HALF)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_solved_to_what_it_can_hold(gradient, control, dtype):
+    y0 = torch.ones(2, 1, dtype=dtype, requires_grad=True)
+    sol = solve(lambda t, y: (-y, y[:, 0]), y0, [0.0, 1.0], control=control, gradient=gradient,
+                quadrature=True)  # fmt: skip
+    assert sol.y.dtype == dtype and sol.integral.dtype == F64
+    (by_y,) = torch.autograd.grad(sol.y[-1].sum(), y0)
+    for found in (sol.y[-1], by_y):
+        assert found.flatten().tolist() == pytest.approx([math.exp(-1)] * 2, abs=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_tolerance_that_half_precision_cannot_meet_is_refused(dtype):
+    for y0 in (torch.ones(2, dtype=dtype), (torch.ones(2), torch.ones(2, dtype=dtype))):
+        with pytest.raises(InputError, match="cannot be met; solve in float32"):
+            solve(lambda t, y: y, y0, [0.0, 1.0])
+
+
 # quadrature ----------------------------------------------------------------------------------
 
 
@@ -432,6 +485,12 @@ REFUSED = {
     "fewer steps than fixed ones need": (dict(step_size=0.1, max_steps=9), "needs 10 steps"),
     "a wrong shape": (dict(field=lambda t, y: y.sum(-1)), r"shape \(3,\) at t=0, expected"),
     "a wrong precision": (dict(field=lambda t, y: y.double()), "float64.*float32"),
+    "a wrong device": (dict(field=lambda t, y: y.to("meta")), "on meta .* but y is .* on cpu"),
+    "parts on two devices": (dict(y0=(Y, Y.to("meta"))), "on cpu and meta; move one"),
+    "a number for a state of rows": (
+        dict(y0=torch.tensor(1.0), control=Adaptive(per_sample=True)),
+        "first dimension of rows",
+    ),
     "a tuple for a tensor": (dict(field=lambda t, y: (y, y)), "hold a tensor"),
     "a number for a tensor": (dict(field=lambda t, y: 0.0), "hold a tensor"),
     "nothing for a tensor": (dict(field=lambda t, y: None), "NoneType"),
@@ -485,6 +544,28 @@ def test_what_was_reached_has_the_states_structure():
         solve(lambda t, y: {"x": y["x"] ** 2, "v": y["v"]}, y0, [0.0, 0.5, 4.0])
     assert caught.value.partial["x"].shape == (2, 2)
     assert caught.value.partial["v"][0].shape == (2, 1)
+
+
+NEAR_THE_EDGE = {
+    "shared": Adaptive(1e-6, 1e-8),
+    "with a bold first step": Adaptive(1e-6, 1e-8, first_step=5.0),
+    "of rows": Adaptive(1e-6, 1e-8, per_sample=True),
+    "bold rows": Adaptive(1e-6, 1e-8, first_step=5.0, per_sample=True),
+}
+
+
+@pytest.mark.parametrize("control", NEAR_THE_EDGE.values(), ids=NEAR_THE_EDGE)
+def test_a_step_into_where_the_field_is_no_number_is_tried_shorter(control):
+    """dy/dt = −√y: y = (√y0 − t/2)², and beyond 0 there is nothing."""
+    y0 = torch.tensor([[1.0], [4.0]], dtype=F64)
+    inside = solve(lambda t, y: -torch.sqrt(y), y0, [0.0, 1.9], control=control)
+    assert inside.y[-1].flatten().tolist() == pytest.approx([0.05**2, 1.05**2], abs=1e-5)
+    assert torch.as_tensor(inside.stats.rejected).sum() > 0
+    with pytest.raises(
+        IntegrationError, match=r"vanished before a non-finite value \(rows 0\)"
+    ) as c:
+        solve(lambda t, y: -torch.sqrt(y), y0, [0.0, 1.0, 2.5], control=control)
+    assert c.value.t == pytest.approx(2.0, abs=1e-4)
 
 
 def test_too_few_steps_are_reported():
