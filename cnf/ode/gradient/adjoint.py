@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cnf.error import InputError, IntegrationError
-from cnf.ode.control import Adaptive, Control
+from cnf.error import InputError
 from cnf.ode.field import Evaluation, alias
+from cnf.ode.gradient.augmented import Augmented, going_back, unit_sized, way_back
 from cnf.ode.gradient.higher import only_once
 from cnf.ode.gradient.problem import (
     Job,
@@ -24,12 +23,11 @@ from cnf.ode.gradient.problem import (
     add_gradients,
     solved_by,
     stacked,
-    vjp,
 )
 from cnf.ode.gradient.row_adjoint import back_through_rows
 from cnf.ode.integrate import Accepted, Problem, Stats, integrate
 from cnf.ode.interpolate import Polynomial
-from cnf.ode.state import Leaves, largest, rms
+from cnf.ode.state import Leaves, across, rms
 from cnf.ode.trajectory import Path
 
 
@@ -147,47 +145,35 @@ class _Back:
     def _interval(
         self, span: tuple[Any, Any], y: Leaves, a: list[Tensor], c: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """The adjoint at the start of one interval, and the named tensors' gradients over it.
-
-        The adjoint equation is linear: it is solved for cotangents of unit size, so that the
-        tolerance is relative to the gradient; one that is not finite makes every gradient NaN.
-        """
-        scale = largest([rms(bar) for bar in (*a, *c) if bar.numel()] or [torch.ones(())])
-        scale = torch.where(scale == 0, 1.0, scale).detach()
-        units = [torch.where(scale.isfinite(), bar / scale.to(_real(bar)), 0.0) for bar in (*a, *c)]
+        """The adjoint at the start of one interval, and the named tensors' gradients over it."""
+        scale, units = unit_sized((*a, *c), rms)
+        c = units[len(y) :]
         known = _Interpolated(self.job, self.field, self.knots) if self.knots else None
         start = (*(() if known else y), *units[: len(y)])
-        augmented = _Augmented(
-            self.field, self.aliases, tuple(map(alias, units[len(y) :])), self.job.stats,
-            len(start) - len(y), known, set(), (*self.tensors, *units[len(y) :]),
+        augmented = Augmented(
+            self.field, self.aliases, tuple(map(alias, c)), self.job.stats, len(start) - len(y),
+            set(), known, (*self.tensors, *c),
         )  # fmt: skip
         states, integrals = _solved_back(self.job, augmented, span, start)
-        a = [leaf * scale.to(_real(leaf)) for leaf in states[len(start) - len(y) :]]
+        a = [leaf * across(scale, leaf) for leaf in states[len(start) - len(y) :]]
         return a, [
-            leaf * scale.to(_real(leaf)) if i in augmented.reached else None
+            leaf * across(scale, leaf) if i in augmented.reached else None
             for i, leaf in enumerate(integrals)
         ]
 
 
 def _solved_back(
-    job: Job, augmented: _Augmented, span: tuple[Any, Any], start: Leaves
+    job: Job, augmented: Augmented, span: tuple[Any, Any], start: Leaves
 ) -> tuple[Leaves, Leaves]:
     """State and integrals at the end of the way back; with gradient by the adjoint, if enabled."""
-    problem = replace(
-        job.problem, field=augmented, times=span, control=_without_rates(job.problem.control),
-        watch=None, dense=False,
-    )  # fmt: skip
-    stats = Stats()
-    try:
+    problem, stats = way_back(job.problem, augmented, span), Stats()
+    with going_back():
         if not torch.is_grad_enabled():
             found = integrate(problem, start, stats)
             return found.states[-1], found.integrals[-1]
         with torch.no_grad():
             first = problem.evaluate(augmented, span[0], start, span[1])
         solved = job.settings.solve(problem, augmented, start, first, stats)
-    except IntegrationError as error:
-        error.partial = None  # what was reached is the adjoint's, not the solution's
-        raise
     states, integrals = (tuple(leaf[-1] for leaf in part) for part in solved[:2])
     return states, integrals
 
@@ -218,69 +204,3 @@ class _Interpolated:
     def _polynomial(self, one: Accepted) -> Polynomial:
         first = self._problem.first_stage(self._field, one.t, one.h, one.y)
         return self._problem.interpolant(self._field, one.t, one.h, one.y, first)
-
-
-def _real(leaf: Tensor) -> torch.dtype:
-    return leaf.real.dtype
-
-
-def _without_rates(control: Control) -> Control:
-    """The same steps, not chosen by what is integrated: here that is the parameter gradient."""
-    return replace(control, quadrature_atol=None) if isinstance(control, Adaptive) else control
-
-
-@dataclass(frozen=True)
-class _Augmented:
-    """(y, a) ↦ (f, −a ∂f/∂y − c ∂rates/∂y), with rates −(a ∂f/∂θ + c ∂rates/∂θ).
-
-    It is a field over named tensors, θ and c, so that the adjoint can be solved for its own
-    gradient, and differentiated again.
-    field: reads `read`, the copies θ that it is differentiated by; rates_bar: c, a copy likewise;
-    stats: count the evaluations; known: the forward solution, where it is read off and not solved
-    back: then a alone is the state; reached: which of those θ that need a gradient the field read
-    at least once, by number; tensors: what θ and c are copies of.
-    """
-
-    field: TensorField
-    read: Leaves
-    rates_bar: Leaves
-    stats: Stats
-    width: int
-    known: Callable[[float], Leaves] | None
-    reached: set[int]
-    tensors: Leaves
-
-    @property
-    def precision(self) -> AbstractContextManager[Any]:
-        return self.field.precision
-
-    def aliases(self) -> Leaves:
-        """Tensors to bind and differentiate by."""
-        return (*self.field.aliases(), *map(alias, self.rates_bar))
-
-    def bind(self, tensors: Sequence[Tensor]) -> _Augmented:
-        """The same, reading `tensors` in the place of θ and c."""
-        read, rates_bar = tuple(tensors[: len(self.read)]), tuple(tensors[len(self.read) :])
-        return replace(self, field=self.field.bind(read), read=read, rates_bar=rates_bar)
-
-    def __call__(self, t: float, state: Leaves) -> Evaluation:
-        again = torch.is_grad_enabled()  # then the state's leaves are the caller's own copies
-        y, a = (state[: self.width], state[self.width :])
-        if not again:
-            y = self.known(t) if self.known else y
-            y = tuple(leaf.detach().requires_grad_() for leaf in y)
-        self.stats.nfe_backward += 1
-        with torch.enable_grad(), self.field.precision:
-            value = self.field(t, y)
-        rates_bar = [
-            bar.to(rate.dtype) for bar, rate in zip(self.rates_bar, value.rates, strict=True)
-        ]
-        inputs = (*y, *(x for x in self.read if x.requires_grad))
-        heads, bars = (*value.slope, *value.rates), (*a, *rates_bar)
-        found = vjp(heads, bars, inputs, again=again)
-        pulled = tuple(
-            torch.zeros_like(x) if g is None else -g for g, x in zip(found, inputs, strict=True)
-        )
-        self.reached.update(i for i, g in enumerate(found[len(y) :]) if g is not None)
-        slope = () if self.known else value.slope if again else map(Tensor.detach, value.slope)
-        return Evaluation((*slope, *pulled[: len(y)]), pulled[len(y) :])

@@ -7,18 +7,16 @@ is no part of the steps, but a quadrature over each accepted one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cnf.error import IntegrationError
-from cnf.ode.field import Evaluation, Field
+from cnf.ode.field import Field
+from cnf.ode.gradient.augmented import Augmented, going_back, unit_sized, way_back
 from cnf.ode.gradient.problem import Job, add_gradients, vjp
 from cnf.ode.integrate import Accepted, Problem, Stats, integrate
-from cnf.ode.state import Leaves, across, largest, row_rms
+from cnf.ode.state import Leaves, across, row_rms
 
 # three nodes of Gauss and Legendre on (0, 1): exact for polynomials of degree 5
 _NODES = (0.5 - 0.15**0.5, 0.5, 0.5 + 0.15**0.5)
@@ -84,70 +82,15 @@ def _interval(
     totals: list[Tensor | None],
     stats: Stats,
 ) -> list[Tensor]:
-    """The adjoint at the start of one interval; adds the named tensors' gradients to `totals`.
-
-    Each row's cotangents are solved for at unit size; one that is not finite makes every gradient
-    of the row NaN.
-    """
+    """The adjoint at the start of one interval; adds the named tensors' gradients to `totals`."""
     width = len(y)
-    scale = largest([row_rms(bar) for bar in bars])
-    scale = torch.where(scale == 0, 1.0, scale)
-    units = [
-        torch.where(across(scale, bar).isfinite(), bar / across(scale, bar), 0.0) for bar in bars
-    ]
-    augmented = _Augmented(field, field.row_wise, tuple(units[width:]), width, stats)
-    adjoint = replace(
-        problem, field=augmented, times=span, watch=None, dense=False,
-        control=_plain(problem.control),
-    )  # fmt: skip
+    scale, units = unit_sized(bars, row_rms)
+    augmented = Augmented(field, (), tuple(units[width:]), stats, width, set())
+    adjoint = way_back(problem, augmented, span)
     quadrature = _Quadrature(adjoint, augmented, wanted, scale, totals)
-    backward = Stats()
-    try:
-        found = integrate(adjoint, (*y, *units[:width]), backward, keep=quadrature)
-    except IntegrationError as error:
-        error.partial = None  # what was reached is the adjoint's, not the solution's
-        raise
+    with going_back():
+        found = integrate(adjoint, (*y, *units[:width]), Stats(), keep=quadrature)
     return [leaf[1] * across(scale, leaf[1]) for leaf in found.states[0][width:]]
-
-
-def _plain(control: Any) -> Any:
-    return (
-        replace(control, quadrature_atol=None) if hasattr(control, "quadrature_atol") else control
-    )
-
-
-@dataclass(frozen=True)
-class _Augmented:
-    """(y, a) ↦ (f, −a ∂f/∂y − c ∂rates/∂y), row by row."""
-
-    field: Field
-    row_wise: bool
-    rates_bar: Leaves
-    width: int
-    stats: Stats
-
-    def take(self, rows: Tensor) -> _Augmented:
-        """The same for some rows of the batch."""
-        bars = tuple(bar.index_select(0, rows) for bar in self.rates_bar)
-        return replace(self, field=self.field.take(rows), rates_bar=bars)
-
-    def __call__(self, t: Any, state: Leaves) -> Evaluation:
-        y = tuple(leaf.detach().requires_grad_() for leaf in state[: self.width])
-        value = self.value(t, y)
-        found = vjp((*value.slope, *value.rates), self.bars(value, state), y)
-        pulled = (torch.zeros_like(x) if g is None else -g for g, x in zip(found, y, strict=True))
-        return Evaluation((*(leaf.detach() for leaf in value.slope), *pulled), ())
-
-    def value(self, t: Any, y: Leaves) -> Evaluation:
-        """The field with its graph."""
-        self.stats.nfe_backward += 1
-        with torch.enable_grad(), self.field.precision:
-            return self.field(t, y)
-
-    def bars(self, value: Evaluation, state: Leaves) -> Leaves:
-        """Cotangents of the field's slope and rates."""
-        rates = (bar.to(rate.dtype) for bar, rate in zip(self.rates_bar, value.rates, strict=True))
-        return (*state[self.width :], *rates)
 
 
 class _Quadrature(list[Accepted]):
@@ -156,7 +99,7 @@ class _Quadrature(list[Accepted]):
     def __init__(
         self,
         problem: Problem,
-        augmented: _Augmented,
+        augmented: Augmented,
         wanted: Leaves,
         scale: Tensor,
         totals: list[Tensor | None],
@@ -184,5 +127,5 @@ class _Quadrature(list[Accepted]):
             add_gradients(self._totals, found)
 
     @torch.enable_grad()  # gradients of aligned tensors go through their rows
-    def _rows(self, one: Accepted) -> _Augmented:
+    def _rows(self, one: Accepted) -> Augmented:
         return self._augmented if one.rows is None else self._augmented.take(one.rows)
