@@ -40,6 +40,8 @@ class Adjoint:
     interpolate: read the state off the forward solution, one state kept for each step, instead of
     solving it back: for fields whose solution cannot be followed backward.
     Not exact for the computed solution: the error is of the order of the tolerance.
+    Where it is differentiated again, the adjoint equation is solved with its own adjoint, in memory
+    that depends on the steps no more; not with interpolate=True or steps of each row.
     Source: Chen et al. 2018, equations 4 and 7 to 10.
     """
 
@@ -76,13 +78,13 @@ class _Adjoint(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         job: Job = ctx.job
         saved, width = ctx.saved_tensors, job.width
-        states, tensors = saved[:width], saved[width : width + len(job.field.tensors)]
-        if torch.is_grad_enabled() and (job.problem.per_sample or job.settings.interpolate):
-            with torch.no_grad():
-                found = _backward(job, states, tensors, saved[width + len(tensors) :], cotangents)
+        end = width + len(job.field.tensors)
+        states, tensors, knots = saved[:width], saved[width:end], saved[end:]
+        once = torch.is_grad_enabled() and (job.problem.per_sample or job.settings.interpolate)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not once):
+            found = _backward(job, states, tensors, knots, cotangents)
+        if once:
             found = only_once(found, (*states, *tensors, *cotangents), _ONCE)
-        else:
-            found = _backward(job, states, tensors, saved[width + len(tensors) :], cotangents)
         return None, *(g if needed else None for g, needed in zip(found, ctx.needs, strict=True))
 
 

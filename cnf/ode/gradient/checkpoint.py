@@ -42,6 +42,7 @@ class Checkpoint:
     memory: instead, the most that may be kept, in bytes or as "256MB": all steps while they fit,
     else as many as do.
     Work is that of backpropagation plus one more evaluation for each stage, two for "sqrt".
+    Where it is differentiated again, the recorded steps are repeated with all their graph.
     Source: discrete adjoint of the recorded steps, e.g. Zhuang et al. 2020 (ACA), section 3.
     """
 

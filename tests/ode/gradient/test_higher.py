@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -153,6 +154,29 @@ def test_a_solve_without_a_second_derivative_keeps_no_graph_of_its_steps(gradien
     sol = solve(lambda t, y: torch.sin(y), y0, [0.0, 1.0], gradient=gradient)
     (first,) = grad(sol.y[-1].sum(), y0)
     assert not first.requires_grad
+
+
+def test_the_adjoints_second_derivative_keeps_nothing_for_a_step():
+    def kept(steps):
+        y0, w = (torch.ones(3, dtype=F64, requires_grad=True) for _ in range(2))
+        live = weakref.WeakSet()
+
+        class Saved:
+            def __init__(self, x):
+                self.x = x
+                live.add(self)
+
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.x):
+            sol = solve(lambda t, y, w: torch.sin(w * y), y0, [0.0, 1.0], params=[w],
+                        gradient="adjoint", step_size=1 / steps)  # fmt: skip
+            (first,) = grad(sol.y[-1].sum(), y0, create_graph=True)
+        held = sum(saved.x.numel() for saved in live)
+        before = sol.stats.nfe_backward
+        grad(first.sum(), w)
+        assert sol.stats.nfe_backward > 2 * before  # counted too
+        return held
+
+    assert kept(5) == kept(20)
 
 
 REFUSED = {
