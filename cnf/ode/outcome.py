@@ -282,39 +282,41 @@ class Dense:
         shape = moments.shape[:-1]
         if not moments.numel():
             return tuple(leaf.new_zeros((*shape, *leaf.shape[1:])) for leaf in self.solved.states)
-        found = [self._at(moment) for moment in moments.reshape(-1, batch)]
+        moments = moments.reshape(-1, batch)
+        places = self._places(on_host(moments))
+        found = [self._at(*one) for one in zip(moments, *places, strict=True)]
         return tuple(
             torch.stack(leaves).reshape(*shape, *leaves[0].shape)
             for leaves in zip(*found, strict=True)
         )
 
-    def _at(self, t: Tensor) -> Leaves:
-        """The state of every row at its own t, (batch,)."""
+    def _at(self, t: Tensor, places: np.ndarray, start: np.ndarray, h: np.ndarray) -> Leaves:
+        """The state of every row at its own t, (batch,), inside the step that begins at `start`."""
         problem: Any = self.problem
-        places, start, h = self._places(on_host(t))
         at = torch.from_numpy(places).to(t.device)
         y = tuple(leaf.index_select(0, at) for leaf in self.solved.starts)
-        start, h = on_device(start, y), on_device(h, y)
-        first = problem.first_stage(problem.field, start, h, y)
-        inside = problem.interpolant(problem.field, start, h, y, first)
-        return inside.of_rows((t - start) / h)
+        begin, length = on_device(start, y), on_device(h, y)
+        first = problem.first_stage(problem.field, begin, length, y)
+        inside = problem.interpolant(problem.field, begin, length, y, first)
+        return inside.of_rows((t - begin) / length)
 
     def _places(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each row's step that holds its t: the place among all steps, its start, its length."""
-        rows, start, h = _flat_steps(self.solved.path.steps, len(t))
+        """Of the step that holds t in each row: the place among all steps, its start, its length.
+
+        t: (times, batch).
+        """
+        batch = np.arange(t.shape[1])
+        rows, start, h = _flat_steps(self.solved.path.steps, len(batch))
         taken = np.flatnonzero(h != 0.0)
         order = taken[np.lexsort((start[taken] * np.sign(h[taken]), rows[taken]))]
-        last = np.searchsorted(rows[order], np.arange(len(t)), side="right") - 1
-        ends = start[order[last]] + h[order[last]]
-        begins = self.problem.times[0]
-        for row, moment in enumerate(t):
-            _check_inside(np.array([moment]), begins[row], ends[row], f" of row {row}")
+        last = np.searchsorted(rows[order], batch, side="right") - 1
+        begins, ends = self.problem.times[0], start[order[last]] + h[order[last]]
+        _check_inside(t, begins, ends)
         length = np.abs(ends - begins)
         progress = np.abs(start[order] - begins[rows[order]]) / length[rows[order]]
         wanted = np.abs(t - begins) / length
-        found = np.searchsorted(2.0 * rows[order] + progress, 2.0 * np.arange(len(t)) + wanted)
-        first = np.searchsorted(rows[order], np.arange(len(t)))
-        chosen = order[np.maximum(found - 1, first)]
+        found = np.searchsorted(2.0 * rows[order] + progress, 2.0 * batch + wanted)
+        chosen = order[np.maximum(found - 1, np.searchsorted(rows[order], batch))]
         return chosen, start[chosen], h[chosen]
 
 
@@ -325,11 +327,15 @@ def _flat_steps(steps: Sequence[Any], batch: int) -> tuple[np.ndarray, np.ndarra
     return np.concatenate(rows), np.concatenate(starts), np.concatenate(lengths)
 
 
-def _check_inside(t: np.ndarray, start: float, end: float, whose: str = "") -> None:
-    low, high = min(start, end), max(start, end)
+def _check_inside(t: np.ndarray, start: Any, end: Any) -> None:
+    """Raises InputError for a time outside; t: (times,), or (times, batch) with a row's own ends."""
+    low, high = np.minimum(start, end), np.maximum(start, end)
     slack = 1e-6 * (high - low)
-    outside = ~((t >= low - slack) & (t <= high + slack))
-    if outside.any():
+    outside = np.argwhere(~((t >= low - slack) & (t <= high + slack)))
+    if len(outside):
+        at = tuple(outside[0])
+        whose = f" of row {at[1]}" if t.ndim == 2 else ""
+        low, high = (np.broadcast_to(bound, t.shape)[at] for bound in (low, high))
         raise InputError(
-            f"t={t[outside][0]:g} lies outside the solution's interval{whose}, {low:g} to {high:g}"
+            f"t={t[at]:g} lies outside the solution's interval{whose}, {low:g} to {high:g}"
         )

@@ -22,6 +22,12 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def are_batched(cotangents: Iterable[Tensor]) -> bool:
+    """Whether many cotangents are pulled back at once, as for a vectorized Jacobian."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return any(map(functorch.is_legacy_batchedtensor, cotangents))
+
+
 def is_mapped() -> bool:
     """Whether torch.func.vmap is under way: there no number can be read from a tensor."""
     if not is_transformed():

@@ -28,6 +28,7 @@ from cnf.ode.gradient.row_adjoint import back_through_rows
 from cnf.ode.integrate import Accepted, Problem, Stats, integrate
 from cnf.ode.interpolate import Polynomial
 from cnf.ode.state import Leaves, across, rms
+from cnf.ode.tangent import are_batched
 from cnf.ode.trajectory import Path
 
 
@@ -77,6 +78,11 @@ class _Adjoint(torch.autograd.Function):
         ctx: Any, *cotangents: Tensor
     ) -> tuple[Any, ...]:
         job: Job = ctx.job
+        if are_batched(cotangents):
+            raise InputError(
+                "the adjoint equation is solved for one cotangent at a time: leave out vectorize="
+                "True or is_grads_batched=True, or use gradient='checkpoint'"
+            )
         saved, width = ctx.saved_tensors, job.width
         end = width + len(job.field.tensors)
         states, tensors, knots = saved[:width], saved[width:end], saved[end:]

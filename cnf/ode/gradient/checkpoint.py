@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -159,8 +159,10 @@ class _Replayed(torch.autograd.Function):
         problem, width = job.problem, job.width
         y = tensors[:width]
         record = job.settings.record(problem, y)
-        noted = _Noted(**vars(problem), record=record) if isinstance(record, Stages) else problem
-        trajectory = integrate(noted, y, job.stats, first=job.first, keep=record)
+        if isinstance(record, Stages):
+            known = {one.name: getattr(problem, one.name) for one in fields(problem)}
+            problem = _Noted(**known, record=record)
+        trajectory = integrate(problem, y, job.stats, first=job.first, keep=record)
         job.path.append(trajectory.path)
         ctx.job = job
         ctx.kept = [len(one.y) for one in trajectory.record]

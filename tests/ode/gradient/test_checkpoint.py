@@ -79,6 +79,20 @@ def test_nor_does_it_with_rejected_steps_events_jumps_and_dense_output(gradient,
     assert_equal_gradients(got, wanted)
 
 
+@pytest.mark.parametrize("gradient", ["checkpoint", *KEEPING.values()], ids=str)
+def test_a_jacobian_may_be_pulled_back_in_one_go(gradient):
+    y0 = torch.randn(3, 2, dtype=F64)
+
+    def end(y0, gradient=gradient):
+        return solve(lambda t, y: torch.sin(y.flip(0)) * t, y0, [0.0, 1.0], gradient=gradient).y[-1]
+
+    wanted = torch.autograd.functional.jacobian(end, y0)
+    got = torch.autograd.functional.jacobian(end, y0, vectorize=True)
+    assert torch.allclose(got, wanted, rtol=1e-12, atol=1e-13)
+    with pytest.raises(InputError, match="leave out vectorize=True"):
+        torch.autograd.functional.jacobian(lambda y: end(y, "adjoint"), y0, vectorize=True)
+
+
 # how much is kept --------------------------------------------------------------------------------
 
 
