@@ -328,7 +328,7 @@ def _flat_steps(steps: Sequence[Any], batch: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _check_inside(t: np.ndarray, start: Any, end: Any) -> None:
-    """Raises InputError for a time outside; t: (times,), or (times, batch) with a row's own ends."""
+    """Raises InputError for a time outside; t: (times,), or (times, batch) with ends of rows."""
     low, high = np.minimum(start, end), np.maximum(start, end)
     slack = 1e-6 * (high - low)
     outside = np.argwhere(~((t >= low - slack) & (t <= high + slack)))

@@ -221,8 +221,7 @@ class _RowMarch:
         if not isinstance(control, Adaptive):
             return size
         found = on_grid(size)
-        found = np.where(found < below, found, on_grid(0.95 * below))
-        return np.where(size <= control.min_step, control.min_step, control.within(found))
+        return control.within(np.where(found < below, found, on_grid(0.95 * below)))
 
     def _accept(self, step: Step, accept: Array, h: Array, end: Array, slot: Array) -> None:
         """Move the rows whose steps were good enough; the others stay where they are."""

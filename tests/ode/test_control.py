@@ -79,6 +79,23 @@ def test_an_error_that_is_no_number_shrinks_the_step_most(ratio):
     assert Adaptive(min_factor=0.25).factor(ratio, 5) == 0.25
 
 
+@given(
+    ratios=st.tuples(*[st.floats(1e-3, 1.0)] * 3),
+    coefficients=st.tuples(*[st.floats(0.05, 0.4)] * 3),
+    order=st.integers(2, 8),
+)
+def test_an_accepted_step_changes_by_the_errors_of_three_steps(ratios, coefficients, order):
+    p, i, d = coefficients
+    now, last, before = ratios
+    control = Adaptive(pcoeff=p, icoeff=i, dcoeff=d, safety=0.8, min_factor=1e-9, max_factor=1e9)
+    wanted = 0.8 * now ** (-(p + i + d) / order)
+    wanted *= last ** ((p + 2 * d) / order) * before ** (-d / order)
+    assert control.factor(now, order, (last, before)) == pytest.approx(wanted, rel=1e-12)
+    # a refused step shrinks by its own error alone
+    refused = control.factor(1 / now, order, (last, before))
+    assert refused == pytest.approx(min(0.8 * now ** (1 / order), 1), rel=1e-12)
+
+
 def test_a_step_without_error_grows_most():
     assert Adaptive(max_factor=7.0).factor(0.0, 5) == 7.0
 
