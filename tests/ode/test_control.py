@@ -92,8 +92,8 @@ def test_an_accepted_step_changes_by_the_errors_of_three_steps(ratios, coefficie
     wanted *= last ** ((p + 2 * d) / order) * before ** (-d / order)
     assert control.factor(now, order, (last, before)) == pytest.approx(wanted, rel=1e-12)
     # a refused step shrinks by its own error alone
-    refused = control.factor(1 / now, order, (last, before))
-    assert refused == pytest.approx(min(0.8 * now ** (1 / order), 1), rel=1e-12)
+    refused = control.factor(2 / now, order, (last, before))
+    assert refused == pytest.approx(0.8 * (now / 2) ** (1 / order), rel=1e-12)
 
 
 def test_a_step_without_error_grows_most():

@@ -278,10 +278,11 @@ TIMES = pytest.mark.parametrize("times", [(0.0, 0.3, 4.0), (0.5, 0.2, -4.0)], id
 
 
 @EACH_OF_ALL
-@TIMES
-@pytest.mark.parametrize("method", ["dopri5", "rk4"])
-def test_gradients_at_an_event_agree_with_differences(gradient, times, method):
-    control = FixedStep(0.13 if method == "dopri5" else 0.03)
+@pytest.mark.parametrize(
+    ("method", "times"), [("dopri5", (0.0, 0.3, 4.0)), ("rk4", (0.5, 0.3, -4.0))], ids=str
+)
+def test_gradients_at_an_event_agree_with_differences(gradient, method, times):
+    control = FixedStep(0.19 if method == "dopri5" else 0.06)
     tensors = given(1, *times)
     assert gradcheck(
         lambda *x: met(*x, gradient, control, method), tensors, atol=1e-5, fast_mode=True
@@ -291,9 +292,9 @@ def test_gradients_at_an_event_agree_with_differences(gradient, times, method):
 @EACH_OF_ALL
 def test_adaptive_steps_give_the_same_gradients_at_an_event(gradient):
     found = []
-    for how, control in (("backprop", FixedStep(0.02)), (gradient, Adaptive(1e-9, 1e-9))):
+    for how, control in (("backprop", FixedStep(0.1)), (gradient, Adaptive(1e-8, 1e-8))):
         tensors = given(1, 0.0, 0.3, 4.0)
-        time, y, q = met(*tensors, how, control, "bosh3")
+        time, y, q = met(*tensors, how, control, "dopri5" if how == "backprop" else "bosh3")
         found.append(grad(time.sum() + y.sin().sum() + q.sum(), tensors))
     for a, b in zip(*found, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
@@ -302,7 +303,7 @@ def test_adaptive_steps_give_the_same_gradients_at_an_event(gradient):
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @TIMES
 def test_gradients_at_the_events_of_rows_agree_with_differences(gradient, times):
-    control = FixedStep(0.13, per_sample=True)
+    control = FixedStep(0.19, per_sample=True)
     tensors = given(3, *times)
     assert gradcheck(lambda *x: met(*x, gradient, control), tensors, atol=1e-5, fast_mode=True)
 
@@ -328,7 +329,7 @@ def test_a_row_without_an_event_has_the_gradients_of_a_plain_solve(gradient):
 @pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint"])
 def test_second_derivatives_at_an_event_agree_with_differences(gradient):
     tensors = given(1, 0.0, 0.3, 4.0)
-    control = FixedStep(0.1)
+    control = FixedStep(0.19)
     assert gradgradcheck(lambda *x: met(*x, gradient, control), tensors, atol=1e-4, fast_mode=True)
 
 

@@ -19,7 +19,7 @@ from cnf.ode.tableau import TABLEAUS
 F64 = torch.float64
 ADAPTIVE = Adaptive(1e-5, 1e-7, per_sample=True)
 FIXED = FixedStep(0.13, per_sample=True)
-FINE = FixedStep(0.1, per_sample=True)
+FINE = FixedStep(0.2, per_sample=True)
 CONTROLS = {"adaptive": ADAPTIVE, "fixed": FIXED}
 EACH_CONTROL = pytest.mark.parametrize("control", CONTROLS.values(), ids=CONTROLS)
 EACH_GRADIENT = pytest.mark.parametrize("gradient", GRADIENTS)
@@ -66,8 +66,8 @@ def swung(rows, t=(0.0, 0.3, 1.0), row_wise=True, **settings):
 
 @EACH_METHOD
 @EACH_FIELD
-@pytest.mark.parametrize("t", [(0.0, 0.3, 1.0), OUTPUTS], ids=["shared times", "own times"])
-def test_a_row_takes_the_same_steps_to_the_same_state_in_any_batch(method, control, row_wise, t):
+def test_a_row_takes_the_same_steps_to_the_same_state_in_any_batch(method, control, row_wise):
+    t = OUTPUTS if row_wise else (0.3, 0.1, 0.0)
     settings = dict(t=t, row_wise=row_wise, method=method, control=control)
     order = [3, 0, 4, 1, 2]
     whole, mixed = swung(range(5), **settings), swung(order, **settings)
@@ -200,7 +200,7 @@ def test_an_integral_equals_what_a_part_of_the_state_would_become(control, t):
 
 # gradients ---------------------------------------------------------------------------------------
 
-TIGHT = Adaptive(1e-9, 1e-9, per_sample=True)
+TIGHT = Adaptive(1e-8, 1e-8, per_sample=True)
 
 
 def leaves():
@@ -267,7 +267,7 @@ def test_the_gradients_of_own_steps_are_those_of_shared_ones(row_wise, own_times
         t = t[:, row] if own_times else t
         call = lambda t, y, pace, w: with_rates(t.reshape(1), y, pace, w)  # noqa: E731
         sol = solve(call, y0[row : row + 1], t, rows=[pace[row : row + 1]], params=[w],
-                    quadrature=True, rtol=1e-9, atol=1e-9)  # fmt: skip
+                    quadrature=True, rtol=1e-8, atol=1e-8)  # fmt: skip
         for x, weight in zip((sol.y, *sol.integral), weights, strict=True):
             total = total + (torch.sin(3 * x) * weight[:, row : row + 1]).sum()
     for a, b in zip(got, grad(total, tensors), strict=True):

@@ -14,7 +14,6 @@ from cnf.ode.event import Event
 from cnf.ode.gradient.adjoint import Adjoint
 from cnf.ode.gradient.checkpoint import Checkpoint
 from cnf.ode.solution import solve
-from cnf.ode.tableau import TABLEAUS
 from cnf.ode.tangent import carries_tangent, is_mapped, is_transformed
 
 # of torch, where its forward mode is used for the first time
@@ -128,8 +127,8 @@ def test_a_tangent_that_a_gradient_would_lose_is_refused(gradient, where):
 # transforms --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", TABLEAUS)
-def test_every_transform_agrees_with_backward_for_every_method(method):
+@pytest.mark.parametrize("method", ["euler", "rk4", "bosh3", "dopri5"])
+def test_jacobians_by_transforms_are_those_of_backward(method):
     x, w = tensors()
     settings = dict(FIXED, method=method)
     wanted = jacobians(x, w, **settings)
