@@ -28,9 +28,9 @@ Times = Any  # a tuple of floats, or a float64 array of shape (times, batch)
 class Stats:
     """What a solve cost: evaluations of the field forward and backward, steps taken and refused.
 
-    Where every row has its own steps the counts are int64 tensors of shape (batch,), on the host.
-    calls: how often the field was called forward, whatever the number of rows.  The backward count
-    grows when `backward()` runs.
+    Where every row has its own steps the forward counts are int64 tensors of shape (batch,), on the
+    host: what each row would need alone.  calls: how often the field was called forward, whatever
+    the number of rows; nfe_backward: the same of backward, which grows when `backward()` runs.
     """
 
     nfe: Count = 0
