@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cnf.ode.gradient.adjoint import Adjoint as Adjoint
     from cnf.ode.gradient.backprop import Backprop as Backprop
     from cnf.ode.gradient.checkpoint import Checkpoint as Checkpoint
+    from cnf.ode.gradient.reversible import Reversible as Reversible
     from cnf.ode.solution import Solution as Solution
     from cnf.ode.solution import solve as solve
     from cnf.ode.tableau import Tableau as Tableau
@@ -43,6 +44,7 @@ _HOMES = {
     "InputError": "cnf.error",
     "IntegrationError": "cnf.error",
     "MaximumLikelihood": "cnf.flow.objective",
+    "Reversible": "cnf.ode.gradient.reversible",
     "Solution": "cnf.ode.solution",
     "Tableau": "cnf.ode.tableau",
     "Tangents": "cnf.flow.divergence",

@@ -19,13 +19,23 @@ from cnf.flow.divergence import ClosedForm, Hutchinson, Tangents
 from cnf.ode.gradient.adjoint import Adjoint
 from cnf.ode.gradient.backprop import Backprop
 from cnf.ode.gradient.checkpoint import Checkpoint
+from cnf.ode.gradient.reversible import Reversible
 from cnf.ode.tableau import Tableau
 from cnf.replace import replacing
 
 FORMAT = 2  # of the file; raised when an older reader would misread it
 VALUES = {
     kind.__name__: kind
-    for kind in (ClosedForm, Tangents, Hutchinson, Backprop, Checkpoint, Adjoint, Tableau)
+    for kind in (
+        ClosedForm,
+        Tangents,
+        Hutchinson,
+        Backprop,
+        Checkpoint,
+        Adjoint,
+        Reversible,
+        Tableau,
+    )
 }
 
 

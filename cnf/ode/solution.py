@@ -29,6 +29,7 @@ from cnf.ode.gradient.adjoint import Adjoint
 from cnf.ode.gradient.backprop import Backprop
 from cnf.ode.gradient.checkpoint import Checkpoint
 from cnf.ode.gradient.problem import Gradient, Solved, stacked
+from cnf.ode.gradient.reversible import Reversible
 from cnf.ode.integrate import Problem, Stats, integrate
 from cnf.ode.method import Method, choose_method
 from cnf.ode.moment import from_start
@@ -44,6 +45,7 @@ GRADIENTS: dict[str, Gradient] = {
     "backprop": Backprop(),
     "checkpoint": Checkpoint(),
     "adjoint": Adjoint(),
+    "reversible": Reversible(),
 }
 
 
@@ -173,7 +175,8 @@ def _solve(
     how: Gradient, problem: Problem, field: Field, y: Leaves, first: Evaluation, stats: Stats
 ) -> Solved:
     graph = torch.is_grad_enabled() or carries_tangent((*y, *field.tensors))
-    if _is_differentiated((*y, *field.tensors)) or (isinstance(how, Backprop) and graph):
+    needed = getattr(how, "changes_solution", False) or _is_differentiated((*y, *field.tensors))
+    if needed or (isinstance(how, Backprop) and graph):
         return how.solve(problem, field, y, first, stats)
     with torch.no_grad():
         keep = problem.dense and problem.per_sample

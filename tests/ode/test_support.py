@@ -19,7 +19,8 @@ from cnf.ode.solution import solve
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 PAGE = Path(__file__).parents[2] / "docs" / "solve.md"
 FAMILIES = {"explicit": ("dopri5",)}  # other tests run over every method
-GRADIENTS = {kind.__name__: kind for kind in (cnf.Backprop, cnf.Checkpoint, cnf.Adjoint)}
+KINDS = (cnf.Backprop, cnf.Checkpoint, cnf.Adjoint, cnf.Reversible)
+GRADIENTS = {kind.__name__: kind for kind in KINDS}
 STEPS = {"shared": False, "of each row": True}
 F64 = torch.float64
 Y0 = torch.tensor([[1.0, 0.2]], dtype=F64)
