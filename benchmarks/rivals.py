@@ -1,8 +1,10 @@
 """The same flow in every library: log_prob of one batch, and a training step on it.
 
-The same net (two hidden layers of tanh), batch, solver (dopri5) and tolerance (1e-5) for all, whose
-weights are drawn so that the flow is far from the identity.  The rivals' own classes are used where
-they have one (zuko); otherwise the augmented dynamics that their users write.
+The same net (two hidden layers of tanh), batch, solver (dopri5) and tolerance (1e-5) for all.  Its
+weights are random, so that the flow is far from the identity, or, with fitted=True, those of a flow
+on its way: 1,000 steps of flow matching to eight Gaussians, in every pair of dimensions anew.  The
+rivals' own classes are used where they have one (zuko, whose own net of the same size gets the same
+weights or training); otherwise the augmented dynamics that their users write.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from cnf.ode.control import Adaptive
 from cnf.ode.tableau import TABLEAUS
 
 TOLERANCE = 1e-5
-SCALE = 2.0  # of the output layer: some 40 evaluations for a solve
+SCALE = 2.0  # of a random output layer: some 40 evaluations for a solve
+STEPS, ROWS = 1000, 512  # of flow matching
 Run = Callable[[], object]
 
 
@@ -45,7 +48,7 @@ class Rival(NamedTuple):
 class Net(nn.Module):
     """The rivals' field: time concatenated to x, two hidden layers of tanh."""
 
-    def __init__(self, dim: int, width: int) -> None:
+    def __init__(self, dim: int, width: int, fitted: bool = False) -> None:
         super().__init__()
         self.layers = nn.Sequential(
             nn.Linear(dim + 1, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(),
@@ -54,10 +57,35 @@ class Net(nn.Module):
         with torch.no_grad():
             for layer in self.layers[::2]:
                 layer.weight.normal_(std=layer.in_features**-0.5)
-            self.layers[-1].weight.mul_(SCALE)
+            self.layers[-1].weight.mul_(0.0 if fitted else SCALE)
+        if fitted:
+            match(lambda t, x: self.layers(torch.cat([x, t[:, None]], -1)), self, dim)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         return self.layers(torch.cat([x, t.expand(len(x), 1)], -1))
+
+
+def points(dim: int, rows: int) -> Tensor:
+    """Eight Gaussians of unit variance in every pair of dimensions, (rows, dim)."""
+    pairs = [cnf.data.toy("8gaussians").sample((rows,)) / 2.03 for _ in range((dim + 1) // 2)]
+    return torch.cat(pairs, -1)[:, :dim]
+
+
+def match(velocity: Callable[[Tensor, Tensor], Tensor], net: nn.Module, dim: int) -> None:
+    """Train velocity(t, x), t (rows,) from base to data, by flow matching; the seed is 0."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        data = points(dim, 50_000)
+        optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+        for step in range(STEPS):
+            optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / STEPS)
+            end = data[torch.randint(len(data), (ROWS,))]
+            start, t = torch.randn_like(end), torch.rand(ROWS)
+            at = torch.lerp(start, end, t[:, None])
+            optimizer.zero_grad()
+            (velocity(t, at) - (end - start)).square().mean().backward()
+            optimizer.step()
+        net.zero_grad()
 
 
 def available(package: str) -> bool:
@@ -68,9 +96,11 @@ def standard_normal(z: Tensor) -> Tensor:
     return -0.5 * z.square().sum(-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)
 
 
-def ours(dim: int, width: int, x: Tensor, divergence: object = "auto") -> Rival:
+def ours(
+    dim: int, width: int, x: Tensor, divergence: object = "auto", fitted: bool = False
+) -> Rival:
     torch.manual_seed(0)
-    net = Net(dim, width)
+    net = Net(dim, width, fitted)
     field = BilinearMLP(dim, (width, width), bandwidth=None, activation="tanh", frequencies=0)
     with torch.no_grad():  # the same function of t and x: time enters the first layer's shift alone
         first, second, last = net.layers[::2]
@@ -96,7 +126,9 @@ def ours(dim: int, width: int, x: Tensor, divergence: object = "auto") -> Rival:
     return Rival(torch.no_grad()(lambda: loss(x)), step, lambda: loss.nfe)
 
 
-def torchdiffeq(dim: int, width: int, x: Tensor, exact: bool, adjoint: bool = False) -> Rival:
+def torchdiffeq(
+    dim: int, width: int, x: Tensor, exact: bool, adjoint: bool = False, fitted: bool = False
+) -> Rival:
     import torchdiffeq
 
     odeint = torchdiffeq.odeint_adjoint if adjoint else torchdiffeq.odeint
@@ -104,7 +136,7 @@ def torchdiffeq(dim: int, width: int, x: Tensor, exact: bool, adjoint: bool = Fa
     class Dynamics(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.net = Net(dim, width)
+            self.net = Net(dim, width, fitted)
             self.nfe = 0
 
         def forward(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -148,7 +180,7 @@ def torchdiffeq(dim: int, width: int, x: Tensor, exact: bool, adjoint: bool = Fa
     return Rival(torch.no_grad()(log_prob), step, lambda: forward)
 
 
-def zuko(dim: int, width: int, x: Tensor, exact: bool) -> Rival:
+def zuko(dim: int, width: int, x: Tensor, exact: bool, fitted: bool = False) -> Rival:
     import zuko
 
     torch.manual_seed(0)
@@ -160,7 +192,9 @@ def zuko(dim: int, width: int, x: Tensor, exact: bool) -> Rival:
         layers = list(flow.transform.ode)[::2]
         for layer in layers:
             layer.weight.normal_(std=layer.weight.shape[1] ** -0.5)
-        layers[-1].weight.mul_(SCALE)
+        layers[-1].weight.mul_(0.0 if fitted else SCALE)
+    if fitted:  # its time runs from data to base
+        match(lambda t, x: -flow.transform.f(1 - t, x), flow, dim)
 
     def step() -> None:
         flow.zero_grad()
@@ -169,17 +203,16 @@ def zuko(dim: int, width: int, x: Tensor, exact: bool) -> Rival:
     return Rival(torch.no_grad()(lambda: flow().log_prob(x)), step)
 
 
-def diffrax(dim: int, width: int, x: Tensor, exact: bool) -> Rival:
+def diffrax(dim: int, width: int, x: Tensor, exact: bool, fitted: bool = False) -> Rival:
     import diffrax
     import jax
     import jax.numpy as jnp
 
-    keys = jax.random.split(jax.random.PRNGKey(0), 4)
-    sizes = [(dim + 1, width), (width, width), (width, dim)]
-    scales = [(dim + 1) ** -0.5, width**-0.5, SCALE * width**-0.5]
+    torch.manual_seed(0)
+    layers = Net(dim, width, fitted).layers[::2]
     weights = [
-        (jax.random.normal(key, size) * scale, jnp.zeros(size[1]))
-        for key, size, scale in zip(keys, sizes, scales, strict=False)
+        (jnp.asarray(layer.weight.detach().T.numpy()), jnp.asarray(layer.bias.detach().numpy()))
+        for layer in layers
     ]
 
     def net(weights, t, z):
@@ -208,7 +241,7 @@ def diffrax(dim: int, width: int, x: Tensor, exact: bool) -> Rival:
         return -log_prob.mean()
 
     data = jnp.asarray(x.numpy())
-    noise = jax.random.rademacher(keys[3], data.shape).astype(jnp.float32)
+    noise = jax.random.rademacher(jax.random.PRNGKey(0), data.shape).astype(jnp.float32)
 
     @cache
     def program(run: str):

@@ -2,7 +2,7 @@
 
     python benchmarks/step.py [--rounds 7] [--quick]
 
-The same net, batch, solver and tolerance for all: see rivals.py.
+The same net, fitted for a while, and the same batch, solver and tolerance for all: see rivals.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 from functools import partial
 
 import torch
-from rivals import TOLERANCE, Rival, Run, available, diffrax, ours, torchdiffeq, zuko
+from rivals import TOLERANCE, Rival, Run, available, diffrax, ours, points, torchdiffeq, zuko
 from timing import machine, medians
 from torch import Tensor, nn
 
@@ -23,32 +23,31 @@ def rivals(dim: int, width: int, x: Tensor, exact: bool) -> dict[str, Rival]:
     found: dict[str, Rival] = {}
     if available("torchdiffeq"):
         for adjoint, name in ((True, "adjoint"), (False, "backprop")):
-            # one exact step by adjoint at D = 64 takes minutes: it is left to backprop's 6 seconds
-            if not (adjoint and exact and dim > 2):
-                found[f"torchdiffeq {name}, {word}"] = torchdiffeq(dim, width, x, exact, adjoint)
+            rival = torchdiffeq(dim, width, x, exact, adjoint, fitted=True)
+            found[f"torchdiffeq {name}, {word}"] = rival
     if available("zuko"):
-        found[f"zuko CNF, {word}"] = zuko(dim, width, x, exact)
+        found[f"zuko CNF, {word}"] = zuko(dim, width, x, exact, fitted=True)
     if available("diffrax"):
-        found[f"diffrax jit, {word}"] = diffrax(dim, width, x, exact)
+        found[f"diffrax jit, {word}"] = diffrax(dim, width, x, exact, fitted=True)
     return found
 
 
 def compare(dim: int, batch: int, width: int, rounds: int) -> None:
     torch.manual_seed(0)
-    x = torch.randn(batch, dim)
+    x = points(dim, batch)
     reference = "cnf checkpoint, exact (closed form)"
     fast = {
-        reference: ours(dim, width, x),
-        "cnf checkpoint, Hutchinson": ours(dim, width, x, cnf.Hutchinson()),
+        reference: ours(dim, width, x, fitted=True),
+        "cnf checkpoint, Hutchinson": ours(dim, width, x, cnf.Hutchinson(), fitted=True),
         **rivals(dim, width, x, exact=False),
     }
     slow = rivals(dim, width, x, exact=True)
     if dim <= 2:
         fast, slow = fast | slow, {}
     seconds = medians(steps(fast), rounds)
-    if slow:  # seconds a step: fewer rounds, beside ours again
-        again = medians(steps({**slow, reference: fast[reference]}), 3, 1)
-        seconds |= {name: again[name] for name in slow}
+    if slow:  # seconds to minutes a step: fewer rounds, beside ours again
+        again = medians(steps({**slow, reference: fast[reference]}), 3, 0)
+        seconds |= {name: again[name] * seconds[reference] / again[reference] for name in slow}
     print(f"\nD = {dim}, batch {batch}, width {width}, dopri5, tolerance {TOLERANCE:g}")
     print(f"{'':44s} {'ms':>9s} {'ratio':>8s} {'NFE':>5s}")
     for name, value in seconds.items():
@@ -73,11 +72,11 @@ class Counted:
 
 def solvers(field: Counted, y0: Tensor) -> dict[str, Run]:
     """The same solve by each library."""
-    found: dict[str, Run] = {"cnf": lambda: cnf.solve(field, y0, [0.0, 3.0], rtol=1e-6, atol=1e-6)}
+    found: dict[str, Run] = {"cnf": lambda: cnf.solve(field, y0, [0.0, 10.0], rtol=1e-6, atol=1e-6)}
     if available("torchdiffeq"):
         import torchdiffeq
 
-        times = torch.tensor([0.0, 3.0])
+        times = torch.tensor([0.0, 10.0])
         found["torchdiffeq"] = lambda: torchdiffeq.odeint(field, y0, times, rtol=1e-6, atol=1e-6)
     return found
 

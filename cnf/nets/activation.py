@@ -1,4 +1,4 @@
-"""Smooth activations with their derivatives, from one evaluation where that saves work."""
+"""Smooth activations with their derivatives, in as few passes over memory as they allow."""
 
 from __future__ import annotations
 
@@ -12,21 +12,36 @@ from torch import Tensor
 class Activation(NamedTuple):
     """φ as functions on tensors of any shape.
 
-    value: a ↦ φ(a); slope: a ↦ (φ(a), φ'(a)); curve: (a, φ(a), φ'(a)) ↦ φ''(a).
+    value: a ↦ φ(a); slope: a ↦ (φ(a), φ'(a)), in the place of a where no graph is wanted;
+    pull: (a, φ(a), φ'(a), p, q) ↦ p φ'(a) + q φ''(a), the cotangent of a where those of φ and φ' are
+    p and q, in the place of p.
     """
 
     value: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], tuple[Tensor, Tensor]]
-    curve: Callable[[Tensor, Tensor, Tensor], Tensor]
+    pull: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _in_place(a: Tensor) -> bool:
+    return not (torch.is_grad_enabled() and a.requires_grad)
 
 
 def _sin_slope(a: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.sin(a), torch.cos(a)
+    slope = torch.cos(a)
+    return (a.sin_() if _in_place(a) else torch.sin(a)), slope
+
+
+def _sin_pull(a: Tensor, h: Tensor, s: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    return p.mul_(s).addcmul_(q, h, value=-1)
 
 
 def _tanh_slope(a: Tensor) -> tuple[Tensor, Tensor]:
-    h = torch.tanh(a)
+    h = a.tanh_() if _in_place(a) else torch.tanh(a)
     return h, torch.addcmul(h.new_ones(()), h, h, value=-1)
+
+
+def _tanh_pull(a: Tensor, h: Tensor, s: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    return p.addcmul_(q, h, value=-2).mul_(s)
 
 
 def _softplus(a: Tensor) -> Tensor:
@@ -38,20 +53,24 @@ def _softplus_slope(a: Tensor) -> tuple[Tensor, Tensor]:
     return _softplus(a), torch.sigmoid(a)
 
 
+def _softplus_pull(a: Tensor, h: Tensor, s: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    return p.addcmul_(q, 1 - s).mul_(s)
+
+
 def _silu_slope(a: Tensor) -> tuple[Tensor, Tensor]:
     gate = torch.sigmoid(a)
     h = a * gate
     return h, gate + h * (1 - gate)
 
 
-def _silu_curve(a: Tensor, h: Tensor, s: Tensor) -> Tensor:
+def _silu_pull(a: Tensor, h: Tensor, s: Tensor, p: Tensor, q: Tensor) -> Tensor:
     gate = torch.sigmoid(a)
-    return gate * (1 - gate) * (2 + a * (1 - 2 * gate))
+    return p.mul_(s).addcmul_(q, gate * (1 - gate) * (2 + a * (1 - 2 * gate)))
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "sin": Activation(torch.sin, _sin_slope, lambda a, h, s: -h),
-    "tanh": Activation(torch.tanh, _tanh_slope, lambda a, h, s: (h * s).mul_(-2)),
-    "softplus": Activation(_softplus, _softplus_slope, lambda a, h, s: s * (1 - s)),
-    "silu": Activation(torch.nn.functional.silu, _silu_slope, _silu_curve),
+    "sin": Activation(torch.sin, _sin_slope, _sin_pull),
+    "tanh": Activation(torch.tanh, _tanh_slope, _tanh_pull),
+    "softplus": Activation(_softplus, _softplus_slope, _softplus_pull),
+    "silu": Activation(torch.nn.functional.silu, _silu_slope, _silu_pull),
 }

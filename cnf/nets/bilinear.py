@@ -49,7 +49,7 @@ def value_and_trace(x: Tensor, layers: Layers, names: Names) -> tuple[Tensor, Te
 def _forward(x: Tensor, layers: Layers, names: Names) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     b1, b2, g1, g2, b3 = layers.parts_of_time()
     a1 = torch.addmm(b1, x, layers.w1.T)
-    h1, s1 = ACTIVATIONS[names[0]].slope(a1)
+    h1, s1 = ACTIVATIONS[names[0]].slope(a1)  # often in the place of a₁: large, and done with
     a2 = torch.addmm(b2, h1, (layers.w2 * g1).T)
     h2, s2 = ACTIVATIONS[names[1]].slope(a2)
     mixed = s1 @ (layers.m * g1 * g2.unsqueeze(-1)).T
@@ -108,15 +108,12 @@ def _backward(
     w3_in = value_bar.T @ h2
 
     # cotangent of a₂, through f and through φ₂' in the trace
-    a2_in = second.curve(a2, h2, s2).mul_(mixed).mul_(trace_bar)
-    a2_in.addcmul_(value_bar @ (layers.w3 * g2), s2)
+    a2_in = second.pull(a2, h2, s2, value_bar @ (layers.w3 * g2), mixed * trace_bar)
     mixed_bar = s2 * trace_bar
     m_half = layers.m * g1
-    m_in, s1_bar = mixed_bar.T @ s1, mixed_bar @ (m_half * outer)
-    w2_in = a2_in.T @ h1
+    m_in, w2_in = mixed_bar.T @ s1, a2_in.T @ h1
 
-    a1_in = first.curve(a1, h1, s1).mul_(s1_bar)
-    a1_in.addcmul_(a2_in @ (layers.w2 * g1), s1)
+    a1_in = first.pull(a1, h1, s1, a2_in @ (layers.w2 * g1), mixed_bar @ (m_half * outer))
     w1_bar = a1_in.T @ x
     x_bar = a1_in @ layers.w1 if ctx.needs_input_grad[1] else None
 

@@ -177,8 +177,13 @@ def test_slopes_and_curves_are_the_derivatives(name):
     (expected,) = torch.autograd.grad(activation.value(a).sum(), a)
     assert torch.allclose(slope, expected, rtol=1e-8, atol=1e-12)
     (expected,) = torch.autograd.grad(slope.sum(), a)
-    curve = activation.curve(a.detach(), value.detach(), slope.detach())
-    assert torch.allclose(curve, expected, rtol=1e-8, atol=1e-12)
+    parts = (a.detach(), value.detach(), slope.detach())
+    zero, one = torch.zeros(241, dtype=F64), torch.ones(241, dtype=F64)
+    assert torch.allclose(activation.pull(*parts, zero.clone(), one), expected, 1e-8, 1e-12)
+    assert torch.allclose(activation.pull(*parts, one.clone(), zero), slope, 1e-8, 1e-12)
+    with torch.no_grad():  # perhaps in the place of its argument
+        for part, same in zip(activation.slope(a.detach().clone()), (value, slope), strict=True):
+            assert torch.equal(part, same)
     assert torch.isfinite(torch.stack(activation.slope(torch.tensor([-1e30, 1e30])))).all()
 
 
