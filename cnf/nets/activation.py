@@ -13,8 +13,8 @@ class Activation(NamedTuple):
     """φ as functions on tensors of any shape.
 
     value: a ↦ φ(a); slope: a ↦ (φ(a), φ'(a)), in the place of a where no graph is wanted;
-    pull: (a, φ(a), φ'(a), p, q) ↦ p φ'(a) + q φ''(a), the cotangent of a where those of φ and φ' are
-    p and q, in the place of p.
+    pull: (a, φ(a), φ'(a), p, q) ↦ p φ'(a) + q φ''(a), the cotangent of a where p and q are those of
+    φ and φ', in the place of p.
     """
 
     value: Callable[[Tensor], Tensor]
