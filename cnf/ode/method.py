@@ -76,7 +76,7 @@ class ExplicitRungeKutta:
         tableau = self.tableau
         slopes, rates, at, last = self._stages(field, t, h, y, first, estimate)
         lands = estimate and tableau.fsal
-        y1 = at if lands else _moved(y, slopes, tableau.b_weights, h)
+        y1 = at if lands else _ended(y, slopes, tableau.b_weights, h)
         increment = _sums(rates, tableau.b_weights, h)
         if not estimate:
             return Step(y1, increment, slopes=slopes)
@@ -163,6 +163,15 @@ def choose_method(method: str | Tableau | Method) -> Method:
 
 def _moved(y: Leaves, slopes: list[list[Tensor]], weights: Weights, h: float) -> Leaves:
     return tuple([combine(leaf, ks, weights, h) for leaf, ks in zip(y, slopes, strict=True)])
+
+
+def _ended(y: Leaves, slopes: list[list[Tensor]], weights: Weights, h: float) -> Leaves:
+    """`_moved` with the slopes summed first: y is rounded once a step and not once a stage, which
+    adds up over a long way in single precision.
+    """
+    if len(weights) == 1:
+        return _moved(y, slopes, weights, h)
+    return tuple([leaf + weighted_sum(ks, weights, h) for leaf, ks in zip(y, slopes, strict=True)])
 
 
 def _sums(slopes: list[list[Tensor]], weights: Weights, h: float) -> Leaves:
