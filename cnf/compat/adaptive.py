@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cnf.compat.request import CALLBACKS, Crossing, Request
+from cnf.compat.request import CALLBACKS, Crossing, Request, on_host
 from cnf.error import InputError, IntegrationError
 from cnf.ode.control import Adaptive
 from cnf.ode.event import Event, Watch
@@ -18,21 +18,23 @@ from cnf.ode.integrate import Problem, Stats, Trajectory, integrate
 from cnf.ode.interpolate import Polynomial
 from cnf.ode.method import Step, choose_method
 from cnf.ode.state import Leaves, Structure, precise_dtype
+from cnf.ode.tableau import Tableau
 from cnf.ode.trajectory import Measure
 
 _FACTORS = {"safety": 0.9, "dfactor": 0.2, "ifactor": 10.0}
-_ENOUGH = 2**31 - 1
+_MOST_STEPS = 2**31 - 1
+_MOST_REFUSALS = 10_000  # in a row: any `dfactor` has made the step vanish by then
 
 
 @dataclass(frozen=True)
 class AdaptiveSolver:
-    """A Runge–Kutta pair of the core, by its name.
+    """A Runge–Kutta pair of the core, by its name, or one of its own.
 
     The last requested time is landed on; those before it are read off the steps by the method's
     interpolation, so that their number costs no evaluation.
     """
 
-    name: str
+    pair: str | Tableau
 
     settings = frozenset(
         {"min_step", "max_step", "first_step", "step_t", "jump_t", "max_num_steps", "dtype"}
@@ -41,14 +43,14 @@ class AdaptiveSolver:
     callbacks = frozenset(CALLBACKS)
 
     def solve(self, request: Request) -> Tensor:
-        return _Walk(self.name, request).through(request.times)
+        return _Walk(self.pair, request).through(request.times)
 
     def until_event(self, request: Request, event: Crossing) -> tuple[float, Tensor]:
-        return _Walk(self.name, request).until(event)
+        return _Walk(self.pair, request).until(event)
 
     def dense(self, request: Request) -> Pieces:
         """The solution at any time between the first and the last."""
-        walk = _Walk(self.name, request, keep=True)
+        walk = _Walk(self.pair, request, keep=True)
         walk.through(request.times)
         return Pieces(tuple(walk.pieces))
 
@@ -101,15 +103,15 @@ class _Walk:
     keep: whether to keep the solution on every step.
     """
 
-    def __init__(self, name: str, request: Request, keep: bool = False) -> None:
+    def __init__(self, pair: str | Tableau, request: Request, keep: bool = False) -> None:
         self.request = request
         control, measure = _control(request), _measure(request)
         self.problem = Problem(
-            request.field, (), choose_method(name), control, sys.maxsize,
+            request.field, (), choose_method(pair), control, sys.maxsize,
             clock=request.field.dtype, measure=measure, observer=self,
         )  # fmt: skip
         self.keep, self.pieces = keep, list[Piece]()
-        self.most = int(request.options.get("max_num_steps", _ENOUGH))
+        self.most = int(request.options.get("max_num_steps", _MOST_STEPS))
         self.waiting = 0  # attempts since a requested time was reached
         self.times: tuple[float, ...] = ()  # those to read off
         self.read: list[Tensor] = []
@@ -221,7 +223,7 @@ def _control(request: Request) -> Adaptive:
         first_step=None if first is None else float(first),
         min_step=float(options.get("min_step", 0.0)),
         max_step=float(options.get("max_step", math.inf)),
-        land_on=step_t, jumps=jump_t, max_rejections=_ENOUGH,
+        land_on=step_t, jumps=jump_t, max_rejections=_MOST_REFUSALS,
     )  # fmt: skip
 
 
@@ -230,8 +232,7 @@ def _distinct_times(request: Request) -> tuple[tuple[float, ...], tuple[float, .
     found = []
     for key in ("step_t", "jump_t"):
         given = request.options.get(key)
-        flat = torch.as_tensor([] if given is None else given).reshape(-1)
-        found.append(tuple(flat.detach().double().cpu().tolist()))
+        found.append(() if given is None else on_host(torch.as_tensor(given).reshape(-1)))
     together = [*found[0], *found[1]]
     if len(set(together)) < len(together):
         raise InputError(

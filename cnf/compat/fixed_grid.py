@@ -6,7 +6,7 @@ as it is computed, the lengths of the steps included.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnf.compat.request import Crossing, Dynamics, Request
+from cnf.compat.request import Crossing, Dynamics, Request, on_host
 from cnf.error import InputError
 from cnf.ode.control import FixedStep
 from cnf.ode.event import locate
@@ -57,11 +57,12 @@ class FixedGridSolver:
         states = [request.y]
         if len(times) == 1:
             return torch.stack(states)
-        grid, asked = _grid(request), _moments(request.t)
+        grid = _grid(request)
+        points, asked = on_host(grid), _moments(request.t, times)
         walk = _Walk(request, self.begin(request))
-        for end, host in zip(_moments(grid)[1:], _hosts(grid)[1:], strict=True):
+        for end, point in zip(_moments(grid, points)[1:], points[1:], strict=True):
             arc = walk.to(end)
-            while len(states) < len(times) and direction * (host - times[len(states)]) >= 0:
+            while len(states) < len(times) and direction * (point - times[len(states)]) >= 0:
                 states.append(arc.at(asked[len(states)]))
         return torch.stack(states)
 
@@ -73,9 +74,10 @@ class FixedGridSolver:
                 "the steps have no length"
             )
         shift = request.direction * FixedStep(size).step_size
-        start, before = _moments(request.t)[0], event.host(request.times[0], request.y)
         if event.at_start:
-            return start, request.y
+            return request.times[0], request.y
+        start = _moments(request.t, request.times)[0]
+        before = event.host(start, request.y)
         walk = _Walk(request, self.begin(request))
         for i in range(_LONGEST_WAIT):
             arc = walk.to(start + shift * (i + 1))
@@ -104,7 +106,7 @@ class _Walk:
 
     def __init__(self, request: Request, stepper: Stepper) -> None:
         self._request, self._stepper = request, stepper
-        self._t, self._y = _moments(request.t)[0], request.y
+        self._t, self._y = _moments(request.t, request.times)[0], request.y
         self._arc: _Arc | None = None
         self._cubic = _is_cubic(request)
         self._perturb = bool(request.options.get("perturb", False))
@@ -209,7 +211,7 @@ def _grid(request: Request) -> Tensor:
 def _checked_grid(grid: Any, request: Request) -> Tensor:
     if not (isinstance(grid, Tensor) and grid.ndim == 1 and len(grid) > 1):
         raise AssertionError(f"grid_constructor must return two times or more (1-D), got {grid!r}")
-    hosts, times = _hosts(grid), request.times
+    hosts, times = on_host(grid), request.times
     if hosts[0] != times[0] or hosts[-1] != times[-1]:
         raise AssertionError(
             f"grid_constructor must begin and end where t does, at {times[0]:g} and "
@@ -220,15 +222,11 @@ def _checked_grid(grid: Any, request: Request) -> Tensor:
     return grid
 
 
-def _hosts(t: Tensor) -> list[float]:
-    return t.detach().double().cpu().tolist()
-
-
-def _moments(t: Tensor) -> list[Moment]:
+def _moments(t: Tensor, times: Sequence[float]) -> Sequence[Moment]:
     """The times one by one: tensors where their gradient is wanted, else host numbers."""
     if t.requires_grad and torch.is_grad_enabled():
-        return list(t.to(precise_dtype(t)).unbind())
-    return _hosts(t)
+        return t.to(precise_dtype(t)).unbind()
+    return times
 
 
 def _is_cubic(request: Request) -> bool:

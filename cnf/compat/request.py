@@ -6,10 +6,11 @@ tolerance for each entry and one interpolation serve every state.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -157,12 +158,14 @@ class Solver(Protocol):
 class Request:
     """An initial value problem over one tensor and how to solve it.
 
-    t: (times,) on y's device; norm: what errors are measured by; options: all others.
+    t: (times,) on y's device; times: the same on the host; norm: what errors are measured by;
+    options: all others.
     """
 
     field: Dynamics
     y: Tensor
     t: Tensor
+    times: tuple[float, ...]
     rtol: Tolerance
     atol: Tolerance
     method: str
@@ -173,11 +176,6 @@ class Request:
     @property
     def layout(self) -> Layout:
         return self.field.layout
-
-    @cached_property
-    def times(self) -> tuple[float, ...]:
-        """The requested times on the host: one device-to-host read."""
-        return tuple(self.t.detach().double().cpu().tolist())
 
     @property
     def direction(self) -> float:
@@ -206,7 +204,7 @@ def read_request(
     y = layout.join(y0)
     if not (y.is_floating_point() or y.is_complex()):
         raise InputError(f"y0 must be floating or complex, got {y.dtype}; try y0.float()")
-    _check_times(t)
+    times = _checked_times(t)
     if t.device != y.device:
         warnings.warn(f"t is on {t.device} and y0 on {y.device}: t is moved there", stacklevel=4)
         t = t.to(y.device)
@@ -219,6 +217,7 @@ def read_request(
         Dynamics(func, layout, y.real.dtype, y.device),
         y,
         t,
+        times,
         _tolerance("rtol", rtol, layout, y),
         _tolerance("atol", atol, layout, y),
         method,
@@ -241,17 +240,26 @@ def _described(y0: Any) -> str:
     return f"{name} of {len(y0)} parts" if isinstance(y0, tuple | list) else name
 
 
-def _check_times(t: Any) -> None:
+def _checked_times(t: Any) -> tuple[float, ...]:
+    """The times on the host: one device-to-host read."""
     if not isinstance(t, Tensor):
         raise AssertionError(f"t must be a torch.Tensor, got {type(t).__name__}")
     if not t.is_floating_point():
         raise TypeError(f"t must be a floating point tensor, got {t.dtype}; try t.float()")
     if t.ndim != 1:
         raise AssertionError(f"t must be one dimensional, got shape {tuple(t.shape)}")
-    if not (len(t) and t.isfinite().all()):
-        raise AssertionError(f"t must hold one finite time or more, got {t.tolist()}")
-    if not ((t[1:] > t[:-1]).all() or (t[1:] < t[:-1]).all()):
-        raise AssertionError(f"t must be strictly increasing or decreasing, got {t.tolist()}")
+    times = on_host(t)
+    if not (times and all(map(math.isfinite, times))):
+        raise AssertionError(f"t must hold one finite time or more, got {times}")
+    rises = {earlier < later for earlier, later in pairwise(times) if earlier != later}
+    if len(set(times)) < len(times) or len(rises) > 1:
+        raise AssertionError(f"t must be strictly increasing or decreasing, got {times}")
+    return times
+
+
+def on_host(t: Tensor) -> tuple[float, ...]:
+    """Times as numbers."""
+    return tuple(t.detach().double().cpu().tolist())
 
 
 def _tolerance(name: str, value: Any, layout: Layout, y: Tensor) -> Tolerance:

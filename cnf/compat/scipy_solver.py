@@ -35,7 +35,7 @@ class SciPySolver:
             _on_host(request.field, y),
             (times[0], times[-1]),
             y.cpu().numpy().reshape(-1),
-            t_eval=times,
+            t_eval=times[1:],
             method=request.options.get("solver", "LSODA"),
             rtol=_numbers(request.rtol),
             atol=_numbers(request.atol),
@@ -43,8 +43,8 @@ class SciPySolver:
         )
         if not found.success:
             raise AssertionError(f"SciPy could not solve from t={times[0]:g}: {found.message}")
-        states = torch.from_numpy(np.ascontiguousarray(found.y.T))
-        return states.to(y.device, y.dtype).reshape(len(times), *y.shape)
+        states = torch.from_numpy(np.ascontiguousarray(found.y.T)).to(y.device, y.dtype)
+        return torch.cat([y[None], states.reshape(-1, *y.shape)])
 
     def until_event(self, request: Request, event: Crossing) -> tuple[Any, Tensor]:
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from cnf.compat.fixed_grid import FixedGridSolver, RungeKuttaStepper
 from cnf.compat.request import Callbacks, Crossing, Layout, Request, Solver, read_request
 from cnf.compat.scipy_solver import SciPySolver
 from cnf.error import InputError
+from cnf.ode.tableau import TABLEAUS
 
 
 def _on_grid(name: str) -> FixedGridSolver:
@@ -25,9 +27,18 @@ def _adams(implicit: bool) -> FixedGridSolver:
     return FixedGridSolver(partial(AdamsStepper, implicit=implicit), SETTINGS)
 
 
+def _dopri5() -> AdaptiveSolver:
+    """dopri5 with torchdiffeq's estimate, 2/3 of Dormand and Prince's: so that the same tolerance
+    means the same steps.
+    """
+    pair = TABLEAUS["dopri5"]
+    assert pair.error is not None
+    return AdaptiveSolver(replace(pair, error=tuple(2 / 3 * weight for weight in pair.error)))
+
+
 SOLVERS: dict[str, Solver] = {
     "dopri8": AdaptiveSolver("dopri8"),
-    "dopri5": AdaptiveSolver("dopri5"),
+    "dopri5": _dopri5(),
     "tsit5": AdaptiveSolver("tsit5"),
     "bosh3": AdaptiveSolver("bosh3"),
     "fehlberg2": AdaptiveSolver("fehlberg2"),
