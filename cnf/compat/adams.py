@@ -105,8 +105,9 @@ def adams_weights(nodes: Sequence[Moment]) -> list[Moment]:
     tensors = [node for node in nodes if isinstance(node, Tensor)]
     if not tensors:
         return _weights(torch.tensor(nodes, dtype=torch.float64)).tolist()
-    like = tensors[0]
-    return list(_weights(torch.stack([torch.as_tensor(node).to(like) for node in nodes])).unbind())
+    like = {"dtype": tensors[0].dtype, "device": tensors[0].device}
+    s = torch.stack([torch.as_tensor(node, **like) for node in nodes])
+    return list(_weights(s).unbind())
 
 
 def _weights(s: Tensor) -> Tensor:

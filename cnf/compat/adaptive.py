@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,6 @@ from cnf.ode.trajectory import Measure
 
 _FACTORS = {"safety": 0.9, "dfactor": 0.2, "ifactor": 10.0}
 _MOST_STEPS = 2**31 - 1
-_MOST_REFUSALS = 10_000  # in a row: any `dfactor` has made the step vanish by then
 
 
 @dataclass(frozen=True)
@@ -151,10 +151,12 @@ class _Walk:
         try:
             return integrate(self.problem, (y,), Stats())
         except IntegrationError as error:
-            raise AssertionError(f"{self._reason()}: {error}") from error
+            raise AssertionError(f"{self._reason(error.step)}: {error}") from error
 
-    def _reason(self) -> str:
-        finite = bool(self.at.isfinite().all())
+    def _reason(self, step: float) -> str:
+        """What torchdiffeq calls it; a step of `min_step` is refused where it leads to NaN."""
+        control: Any = self.problem.control
+        finite = bool(self.at.isfinite().all()) and step > control.min_step
         return "underflow in dt" if finite else "non-finite values in state `y`"
 
     # what the loop reports ----------------------------------------------------------------------
@@ -221,9 +223,10 @@ def _control(request: Request) -> Adaptive:
     return Adaptive(
         rtol, atol, safety=safety, min_factor=least, max_factor=most,
         first_step=None if first is None else float(first),
+        max_rejections=math.ceil(100 - 40 / math.log(least)),  # the step has vanished by then
         min_step=float(options.get("min_step", 0.0)),
         max_step=float(options.get("max_step", math.inf)),
-        land_on=step_t, jumps=jump_t, max_rejections=_MOST_REFUSALS,
+        land_on=step_t, jumps=jump_t,
     )  # fmt: skip
 
 
@@ -232,13 +235,19 @@ def _distinct_times(request: Request) -> tuple[tuple[float, ...], tuple[float, .
     found = []
     for key in ("step_t", "jump_t"):
         given = request.options.get(key)
-        found.append(() if given is None else on_host(torch.as_tensor(given).reshape(-1)))
+        found.append(() if given is None else _numbers(given))
     together = [*found[0], *found[1]]
     if len(set(together)) < len(together):
         raise InputError(
             f"`step_t` and `jump_t` must not have any repeated elements, got {together}"
         )
     return found[0], found[1]
+
+
+def _numbers(given: Any) -> tuple[float, ...]:
+    if isinstance(given, Tensor):
+        return on_host(given.reshape(-1))
+    return tuple(float(moment) for moment in given)
 
 
 def _measure(request: Request) -> Measure | None:

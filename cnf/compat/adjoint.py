@@ -91,8 +91,7 @@ class _Back:
         totals = tuple(torch.zeros_like(param) for param in self._params)
         for i in range(len(self._t) - 1, 0, -1):
             a, totals = self._interval(i, a + self._bar[i], totals)
-        pairs = zip(totals, self._params, strict=True)
-        return a, tuple(total.to(param.dtype) for total, param in pairs)
+        return a, tuple(map(_like, totals, self._params))
 
     def times_bar(self) -> Tensor:
         """⟨cotangent, f⟩ at each time: what moving where the solution is looked at changes."""
@@ -120,7 +119,13 @@ class _Back:
             partial(Callbacks.of, self._field.call, ending="_adjoint"),
         )
         _, _, a, *grown = request.layout.split(solve(request)[1])
-        return a.to(self._bar.dtype), tuple(grown)
+        return _like(a, self._bar), tuple(grown)
+
+
+def _like(found: Tensor, tensor: Tensor) -> Tensor:
+    """A part of the joint state in the precision of the tensor that it belongs to."""
+    real = found.is_complex() and not tensor.is_complex()
+    return (found.real if real else found).to(tensor.dtype)
 
 
 class _Augmented:

@@ -66,7 +66,7 @@ class FixedGridSolver:
                 states.append(arc.at(asked[len(states)]))
         return torch.stack(states)
 
-    def until_event(self, request: Request, event: Crossing) -> tuple[Any, Tensor]:
+    def until_event(self, request: Request, event: Crossing) -> tuple[float, Tensor]:
         size = request.options.get("step_size")
         if size is None:
             raise AssertionError(
@@ -83,8 +83,8 @@ class FixedGridSolver:
             arc = walk.to(start + shift * (i + 1))
             after = event.host(arc.end, arc.y1)
             if after <= 0:
-                theta = _crossing(arc, event, before, after)
-                return arc.moment(theta), arc.inside(theta)
+                found = _crossing(arc, event, before, after)
+                return found, arc.at(found)
             before = after
         raise RuntimeError(f"no event came in {_LONGEST_WAIT} steps of {size}; raise `step_size`")
 
@@ -144,25 +144,17 @@ class _Arc:
         self._field, self._first, self._cubic = field, first, cubic
         self.last: Evaluation | None = None
 
-    def moment(self, theta: float) -> Moment:
-        """The time t + θh."""
-        return self.t + theta * (self.end - self.t)
-
     def at(self, t: Moment) -> Tensor:
-        """The state at time t, differentiable by it."""
-        return self.inside((t - self.t) / (self.end - self.t))
-
-    def inside(self, theta: Any) -> Tensor:
-        """The state at t + θh."""
+        """The state at time t, differentiable by it and by the ends."""
+        h = self.end - self.t
+        theta = (t - self.t) / h
         if isinstance(theta, Tensor):
-            theta = theta.to(self.y.real.dtype)
+            h, theta = h.to(self.y.real.dtype), theta.to(self.y.real.dtype)
         elif theta == 1.0:
             return self.y1
         if not self._cubic:
             return self.y1 + (self.y1 - self.y) * (theta - 1.0)  # at θ = 1 the very end
         self.last = self.last or self._field(self.end, (self.y1,))
-        h = self.end - self.t
-        h = h.to(self.y.real.dtype) if isinstance(h, Tensor) else h
         return hermite(h, (self.y,), self._first, (self.y1,), self.last)(theta)[0]
 
 
@@ -183,13 +175,17 @@ class _Between:
 
 
 def _crossing(arc: _Arc, event: Crossing, before: float, after: float) -> float:
-    """Where on the step the event happens, as a share of its length."""
+    """The time on the step when the event happens."""
+    start, end = _number(arc.t), _number(arc.end)
+
+    def moment(theta: np.ndarray) -> float:
+        return start + float(theta[0]) * (end - start)
 
     def g(theta: np.ndarray) -> np.ndarray:
-        share = float(theta[0])
-        return np.array([event.host(arc.moment(share), arc.inside(share))])
+        t = moment(theta)
+        return np.array([event.host(t, arc.at(t))])
 
-    return float(locate(g, np.array([before]), np.array([after]))[0])
+    return moment(locate(g, np.array([before]), np.array([after])))
 
 
 def _grid(request: Request) -> Tensor:
@@ -227,6 +223,10 @@ def _moments(t: Tensor, times: Sequence[float]) -> Sequence[Moment]:
     if t.requires_grad and torch.is_grad_enabled():
         return t.to(precise_dtype(t)).unbind()
     return times
+
+
+def _number(moment: Moment) -> float:
+    return moment.detach().item() if isinstance(moment, Tensor) else moment
 
 
 def _is_cubic(request: Request) -> bool:

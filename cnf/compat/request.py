@@ -149,7 +149,7 @@ class Solver(Protocol):
         """The states at all requested times, (times, *y.shape)."""
         ...
 
-    def until_event(self, request: Request, event: Crossing) -> tuple[Any, Tensor]:
+    def until_event(self, request: Request, event: Crossing) -> tuple[float, Tensor]:
         """(time, state) where the event happens; the state carries the graph."""
         ...
 

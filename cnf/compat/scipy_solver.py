@@ -46,7 +46,7 @@ class SciPySolver:
         states = torch.from_numpy(np.ascontiguousarray(found.y.T)).to(y.device, y.dtype)
         return torch.cat([y[None], states.reshape(-1, *y.shape)])
 
-    def until_event(self, request: Request, event: Crossing) -> tuple[Any, Tensor]:
+    def until_event(self, request: Request, event: Crossing) -> tuple[float, Tensor]:
         raise InputError(
             "scipy_solver knows no events: take method='dopri5', or another one of this layer's own"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,10 +12,10 @@ from torch import Tensor
 from cnf.compat.adams import SETTINGS, AdamsStepper
 from cnf.compat.adaptive import AdaptiveSolver
 from cnf.compat.fixed_grid import FixedGridSolver, RungeKuttaStepper
+from cnf.compat.pair import DOPRI5, DOPRI8
 from cnf.compat.request import Callbacks, Crossing, Layout, Request, Solver, read_request
 from cnf.compat.scipy_solver import SciPySolver
 from cnf.error import InputError
-from cnf.ode.tableau import TABLEAUS
 
 
 def _on_grid(name: str) -> FixedGridSolver:
@@ -27,18 +26,9 @@ def _adams(implicit: bool) -> FixedGridSolver:
     return FixedGridSolver(partial(AdamsStepper, implicit=implicit), SETTINGS)
 
 
-def _dopri5() -> AdaptiveSolver:
-    """dopri5 with torchdiffeq's estimate, 2/3 of Dormand and Prince's: so that the same tolerance
-    means the same steps.
-    """
-    pair = TABLEAUS["dopri5"]
-    assert pair.error is not None
-    return AdaptiveSolver(replace(pair, error=tuple(2 / 3 * weight for weight in pair.error)))
-
-
 SOLVERS: dict[str, Solver] = {
-    "dopri8": AdaptiveSolver("dopri8"),
-    "dopri5": _dopri5(),
+    "dopri8": AdaptiveSolver(DOPRI8),
+    "dopri5": AdaptiveSolver(DOPRI5),
     "tsit5": AdaptiveSolver("tsit5"),
     "bosh3": AdaptiveSolver("bosh3"),
     "fehlberg2": AdaptiveSolver("fehlberg2"),
@@ -85,8 +75,8 @@ def solve_until(request: Request, event: Crossing) -> tuple[Tensor, Tensor]:
     the graph.
     """
     moment, end = _solver(request.method).until_event(request, event)
-    like = request.t
-    found = torch.as_tensor(moment, device=like.device).detach().to(like.dtype)
+    t = request.t
+    found = torch.tensor(moment, dtype=t.dtype, device=t.device)
     return found, torch.stack([request.y, end])
 
 

@@ -140,8 +140,9 @@ def odeint_dense(
     >>> dense(1.0)
     tensor([0.3679])
     """
-    like = t0 if isinstance(t0, Tensor) else torch.tensor(float(t0))
-    t = torch.stack([torch.as_tensor(moment).to(like).reshape(()) for moment in (t0, t1)])
+    like = t0 if isinstance(t0, Tensor) else torch.tensor(0.0, dtype=torch.float64)
+    ends = (torch.as_tensor(end, dtype=like.dtype, device=like.device) for end in (t0, t1))
+    t = torch.stack([end.reshape(()) for end in ends])
     request = read(func, y0, t, rtol, atol, method, options)
     solver = SOLVERS[request.method]
     if not isinstance(solver, AdaptiveSolver):

@@ -1,9 +1,9 @@
 """The solution inside a step: a polynomial in θ = (τ − t)/h, of the method's own order.
 
-dopri5, tsit5 (order 4) and dopri8 (order 6) have weights of their own for it.  Any other step is
-interpolated by the polynomial that agrees with the solution and its slope at both ends (order 3,
-for methods up to order 4), in the middle too (order 5, for order 5), or at both thirds (order 7,
-for any higher): what lies between the ends comes from steps of the same method, part of the way.
+dopri5 and tsit5 have weights of their own for it (order 4).  Any other step is interpolated by the
+polynomial that agrees with the solution and its slope at both ends (order 3, for methods up to
+order 4), in the middle too (order 5, for order 5), or at both thirds (order 7, for any higher):
+what lies between the ends comes from steps of the same method, part of the way.
 Source: Hairer, Nørsett & Wanner, Solving ODEs I, section II.6.
 """
 
@@ -45,9 +45,8 @@ class Polynomial:
 
 def interpolation_order(method: Method) -> int:
     """The order of what `interpolant` gives: its error inside a step is O(h^(order + 1))."""
-    weights = _weights(method)
-    if weights is not None:
-        return len(weights[0])
+    if isinstance(method, ExplicitRungeKutta) and method.tableau.dense is not None:
+        return method.tableau.dense_order
     return 2 * len(_nodes(method.order)) - 1
 
 

