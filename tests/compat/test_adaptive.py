@@ -149,7 +149,7 @@ def test_step_t_are_landed_on():
 
 
 @pytest.mark.parametrize("way", [1.0, -1.0])
-@pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3", "adaptive_heun"])
+@pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3"])
 @pytest.mark.parametrize("interface", [odeint, odeint_adjoint])
 def test_jump_t_saves_the_search_for_a_jump(interface, method, way):
     def slope(t, y):
@@ -269,7 +269,7 @@ def test_a_shortest_step_does_not_make_a_failure_endless():
 @pytest.mark.parametrize("ends", [(0.0, 3.0), (3.0, 0.0)])
 def test_a_dense_solution_is_that_at_the_requested_times(method, ends, pendulum):
     y0 = torch.tensor(pendulum.start, dtype=torch.float64)
-    settings = {"rtol": 1e-6, "atol": 1e-6, "method": method}
+    settings = {"rtol": 1e-4, "atol": 1e-4, "method": method}
     t = torch.linspace(*ends, 31, dtype=torch.float64)
     dense = odeint_dense(pendulum, y0, *ends, **settings)
     expected = odeint(pendulum, y0, t, **settings)

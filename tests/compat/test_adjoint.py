@@ -52,7 +52,7 @@ def gradients(interface, func, y0, t, **settings):
 def test_gradients_are_those_through_the_steps(method, t):
     func, y0 = Net(), torch.randn(4, 2, dtype=torch.float64)
     rough = method in ("fehlberg2", "adaptive_heun", "bosh3")
-    settings = {"rtol": 1e-6, "atol": 1e-6} if rough else dict(TIGHT)
+    settings = {"rtol": 1e-5, "atol": 1e-5} if rough else dict(TIGHT)
     if method in FIXED:
         settings["options"] = {"step_size": 0.002 if method == "euler" else 0.02, "interp": "cubic"}
     if "adams" in method:
@@ -60,7 +60,7 @@ def test_gradients_are_those_through_the_steps(method, t):
     solution, by_steps = gradients(odeint, func, y0, t, method=method, **settings)
     same, by_adjoint = gradients(odeint_adjoint, func, y0, t, method=method, **settings)
     torch.testing.assert_close(same, solution, rtol=0, atol=1e-13)
-    limit = {"euler": 3e-2, "midpoint": 3e-3, "heun2": 3e-3, "fehlberg2": 1e-3}.get(method, 2e-4)
+    limit = {"euler": 3e-2, "midpoint": 3e-3, "heun2": 3e-3, "fehlberg2": 1e-2}.get(method, 5e-4)
     for one, other in zip(by_adjoint, by_steps, strict=True):
         torch.testing.assert_close(one, other, rtol=limit, atol=limit)
 

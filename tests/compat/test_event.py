@@ -50,9 +50,9 @@ def test_the_event_is_found_with_every_method_in_both_directions(method, directi
     y0 = times(1.0, 0.0)
     found, y = odeint(
         swing, y0, direction * times(0, 1), event_fn=lambda t, y: y[0], method=method,
-        options=FINE.get(method), rtol=1e-8, atol=1e-8,
+        options=FINE.get(method), rtol=1e-6, atol=1e-6,
     )  # fmt: skip
-    limit = {"euler": 2e-3, "fehlberg2": 1e-4}.get(method, 5e-5)
+    limit = {"euler": 2e-3, "fehlberg2": 1e-3}.get(method, 5e-5)
     assert found.shape == () and found.dtype == torch.float64
     assert found.item() == pytest.approx(direction * math.pi / 2, abs=limit)
     assert y.shape == (2, 2) and torch.equal(y[0], y0)
@@ -126,7 +126,7 @@ def test_time_and_state_of_the_event_pass_gradcheck(interface, method):
         found, (h, v) = odeint_event(
             lambda t, y: (y[1], -gravity.expand_as(y[1])), (height, speed), t0,
             event_fn=lambda t, y: y[0] - floor * t, odeint_interface=interface, method=method,
-            options=FINE.get(method), **params,
+            options={"step_size": 0.1, "interp": "cubic"} if method == "rk4" else {}, **params,
         )  # fmt: skip
         return found, h[-1], v[-1]
 

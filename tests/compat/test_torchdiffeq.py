@@ -58,9 +58,9 @@ def test_scipy_is_not_loaded_before_it_is_asked_for():
 @BOTH_WAYS
 def test_the_solution_is_right_at_every_requested_time(method, end, pendulum, start):
     t = torch.linspace(0.0, end, 9, dtype=torch.float64)
-    accuracy = {"rtol": 1e-6, "atol": 1e-8} if method in ADAPTIVE or "scipy" in method else {}
+    accuracy = {"rtol": 1e-5, "atol": 1e-5} if method == "adaptive_heun" else {"rtol": 1e-6}
     y = odeint(pendulum, start, t, method=method, options=FINE.get(method), **accuracy)
-    limit = {"euler": 3e-3, "midpoint": 1e-4, "heun2": 1e-4, "fehlberg2": 1e-3}.get(method, 1e-5)
+    limit = {"euler": 3e-3, "midpoint": 1e-4, "heun2": 1e-4, "fehlberg2": 1e-3}.get(method, 3e-5)
     assert y.shape == (9, 2) and torch.equal(y[0], start)
     assert (y - pendulum.exact(t)).abs().max() < limit
 
@@ -70,11 +70,11 @@ def test_a_tighter_tolerance_is_a_smaller_error_at_the_times_between_too(method,
     t = torch.linspace(0, 3, 50, dtype=torch.float64)
     exact = pendulum.exact(t)
     errors = []
-    for tolerance in (1e-4, 1e-6):
+    for tolerance in (1e-3, 1e-5):
         y = odeint(pendulum, start, t, method=method, rtol=tolerance, atol=tolerance)
         errors.append((y - exact).abs().max().item())
     assert errors[1] < errors[0] / 5
-    assert errors[1] < (3e-3 if method == "fehlberg2" else 1e-4)
+    assert errors[1] < (2e-2 if method == "fehlberg2" else 1e-3)
 
 
 @EVERY_ADAPTIVE
@@ -83,7 +83,7 @@ def test_requested_times_cost_no_evaluation(method, pendulum, start):
     for number in (2, 400):
         pendulum.nfe = 0
         t = torch.linspace(0, 5, number, dtype=torch.float64)
-        odeint(pendulum, start, t, method=method, rtol=1e-5, atol=1e-5)
+        odeint(pendulum, start, t, method=method, rtol=1e-3, atol=1e-3)
         counts.append(pendulum.nfe)
     # the field at the very end, where the method does not come by it anyway
     assert counts[1] - counts[0] <= (0 if method in ("dopri5", "tsit5", "bosh3") else 1)
