@@ -113,7 +113,8 @@ class _Walk:
         self.keep, self.pieces = keep, list[Piece]()
         self.most = int(request.options.get("max_num_steps", _MOST_STEPS))
         self.waiting = 0  # attempts since a requested time was reached
-        self.times: tuple[float, ...] = ()  # those to read off
+        self.times: tuple[float, ...] = ()  # those to read off, and the same as tensors
+        self.moments = request.t[:0]
         self.read: list[Tensor] = []
         self.last: Evaluation | None = None  # the field at the end of the last step
 

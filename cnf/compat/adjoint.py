@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cnf.compat.request import Callbacks, Crossing, Dynamics, Norm, Request
+from cnf.compat.request import Callbacks, Crossing, Dynamics, Norm, Request, on_host
 from cnf.compat.solver import read, solve, solve_until
 from cnf.ode.state import largest, rms
 
@@ -36,7 +36,7 @@ def solve_with_adjoint(
     The way back is open to change until it is taken: its settings are attributes of the states'
     grad_fn, named as odeint_adjoint's arguments.
     """
-    return _Adjoint.apply(request, event, backward, request.t, request.y, *params)  # type: ignore
+    return _Adjoint.apply(request, event, backward, request.t, request.y, *params)
 
 
 class _Adjoint(torch.autograd.Function):
@@ -89,8 +89,11 @@ class _Back:
         """(a, gradients by the params) at the first time, without the first state's cotangent."""
         a = torch.zeros_like(self._bar[0])
         totals = tuple(torch.zeros_like(param) for param in self._params)
-        for i in range(len(self._t) - 1, 0, -1):
-            a, totals = self._interval(i, a + self._bar[i], totals)
+        moments = on_host(self._t)
+        for i in range(len(moments) - 1, 0, -1):
+            a = a + self._bar[i]
+            if moments[i] != moments[i - 1]:  # else an event that was there from the start
+                a, totals = self._interval(i, a, totals)
         return a, tuple(map(_like, totals, self._params))
 
     def times_bar(self) -> Tensor:

@@ -82,7 +82,7 @@ class Dynamics:
 
     def __call__(self, t: Any, y: Leaves) -> Evaluation:
         (state,) = y
-        slope = self.layout.join(self.call(self.clock(t), self.layout.split(state)))
+        slope = self._joined(self.call(self.clock(t), self.layout.split(state)))
         if slope.shape != state.shape:
             slope = self._shaped(slope, state)
         return Evaluation((slope.to(state.dtype),), ())
@@ -92,6 +92,13 @@ class Dynamics:
         if isinstance(t, Tensor):
             return t.to(self.device, self.dtype)
         return torch.full((), t, dtype=self.dtype, device=self.device)
+
+    def _joined(self, value: Any) -> Tensor:
+        if not isinstance(value, Tensor if self.layout.shapes is None else Iterable):
+            raise InputError(
+                f"func returned {type(value).__name__} where dy/dt is expected, built like y0"
+            )
+        return self.layout.join(value)
 
     def _shaped(self, slope: Tensor, state: Tensor) -> Tensor:
         try:

@@ -104,15 +104,14 @@ def odeint_adjoint(
         )
     _check_event(t, event_fn)
     request = read(func, y0, t, rtol, atol, method, options)
-    back = options if adjoint_options is None else adjoint_options
     if adjoint_options is None:
-        back = {key: value for key, value in (options or {}).items() if key != "norm"}
-    params = _wanted(func, adjoint_params, back or {})
+        adjoint_options = {key: value for key, value in (options or {}).items() if key != "norm"}
+    params = _wanted(func, adjoint_params, adjoint_options)
     backward = Backward(
         _of_augmented(request.rtol, request, params) if adjoint_rtol is None else adjoint_rtol,
         _of_augmented(request.atol, request, params) if adjoint_atol is None else adjoint_atol,
         method if adjoint_method is None else adjoint_method,
-        with_norm(dict(back or {}), request.norm),
+        with_norm(adjoint_options, request.norm),
     )
     event = None if event_fn is None else Crossing(event_fn, request)
     moment, states = solve_with_adjoint(request, event, backward, params)

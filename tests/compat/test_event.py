@@ -73,6 +73,10 @@ def test_a_zero_at_the_start_is_the_event():
         found, y = odeint(swing, times(0.0, 1.0), times(0.3, 1), event_fn=lambda t, y: y[0],
                           method=method, options=FINE.get(method))  # fmt: skip
         assert found.item() == 0.3 and torch.equal(y[0], y[1])
+    y0 = times(0.0, 1.0).requires_grad_()
+    found, y = ADJOINT(swing, y0, times(0.3, 1), event_fn=lambda t, y: y[0])
+    y.sum().backward()
+    assert y0.grad.tolist() == [2.0, 2.0]
 
 
 def test_a_function_that_is_zero_on_a_stretch_counts_from_its_beginning():

@@ -91,6 +91,12 @@ REFUSED = {
         ValueError,
         r"dy/dt of shape \(3,\).*shape \(2,\)",
     ),
+    "a field that returns nothing": ({"func": lambda t, y: None}, ValueError, "returned NoneType"),
+    "a field that returns nothing for a tuple": (
+        {"y0": (ONE, ONE), "func": lambda t, y: None},
+        ValueError,
+        "returned NoneType where dy/dt is expected",
+    ),
     "parts of another size": (
         {"y0": (ONE, ONE), "func": lambda t, y: (y[0], y[1][:1])},
         ValueError,
