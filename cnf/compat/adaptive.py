@@ -192,8 +192,8 @@ class _Walk:
     def _reached(self, end: float, h: float) -> int:
         """How many of the times to read lie before the end of a step."""
         direction = math.copysign(1.0, h)
-        limit = direction * end + 1e-9 * abs(h)  # an end that was rounded short has reached it too
-        return next((i for i, t in enumerate(self.times) if direction * t > limit), len(self.times))
+        later = (i for i, t in enumerate(self.times) if direction * t > direction * end)
+        return next(later, len(self.times))
 
     def _piece(self, t: float, h: float, y: Leaves, step: Step) -> Piece:
         field, problem = self.request.field, self.problem

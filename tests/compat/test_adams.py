@@ -91,6 +91,17 @@ def test_a_low_order_of_adams_is_the_three_eighths_rule(pendulum, start):
         odeint(pendulum, start, t, method="explicit_adams", options={"max_order": 13})
 
 
+@pytest.mark.filterwarnings("ignore:Functional iteration")
+def test_a_corrector_that_does_not_settle_keeps_the_order_low(pendulum, start):
+    t = torch.linspace(0, 1, 41, dtype=torch.float64)
+    low, high = (
+        odeint(pendulum, start, t, method="implicit_adams", rtol=0, atol=0,
+               options={"max_iters": 1, "max_order": order})
+        for order in (4, 12)
+    )  # fmt: skip
+    torch.testing.assert_close(high, low, rtol=0, atol=0)
+
+
 def test_a_corrector_that_does_not_settle_warns():
     t = torch.linspace(0, 2, 11)
     with pytest.warns(UserWarning, match="Functional iteration did not converge"):

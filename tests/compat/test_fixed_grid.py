@@ -130,15 +130,18 @@ def test_perturbed_ends_keep_to_the_inside_of_the_step(method, end):
         assert min(seen) >= min(0.0, end) and max(seen) <= max(0.0, end)
 
 
-def test_a_field_that_jumps_at_the_grid_keeps_its_order_where_it_is_perturbed():
+@pytest.mark.parametrize("interp", ["linear", "cubic"])
+def test_a_field_that_jumps_at_the_grid_keeps_its_order_where_it_is_perturbed(interp):
     def func(t, y):
         return torch.where(t < 0.5, -y, y + t)
 
-    t, y0 = times(0, 1), torch.ones(1, dtype=torch.float64)
+    t, y0 = times(0, 0.47, 1), torch.ones(1, dtype=torch.float64)
     exact = (math.exp(-0.5) + 1.5) * math.exp(0.5) - 2.0
-    options = {"step_size": 0.125}
+    options = {"step_size": 0.125, "interp": interp}
     rough, good = (
-        odeint(func, y0, t, method="rk4", options={**options, "perturb": perturb})[-1].item()
+        odeint(func, y0, t, method="rk4", options={**options, "perturb": perturb})
         for perturb in (False, True)
     )
-    assert abs(good - exact) < 2e-5 < 1e-2 < abs(rough - exact)
+    assert abs(good[-1].item() - exact) < 2e-5 < 1e-2 < abs(rough[-1].item() - exact)
+    if interp == "cubic":
+        assert good[1].item() == pytest.approx(math.exp(-0.47), abs=1e-5)

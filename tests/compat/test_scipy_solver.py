@@ -38,6 +38,12 @@ def test_tolerances_by_entry_reach_scipy():
     torch.testing.assert_close(b[-1], torch.exp(y0[1]), rtol=0, atol=1e-7)
 
 
+def test_an_unknown_solver_is_scipys_to_refuse():
+    with pytest.raises(ValueError, match="`method` must be one of"):
+        odeint(lambda t, y: -y, torch.ones(1), times(0, 1), method="scipy_solver",
+               options={"solver": "RK77"})  # fmt: skip
+
+
 def test_it_knows_no_events():
     with pytest.raises(ValueError, match="knows no events"):
         odeint(lambda t, y: -y, torch.ones(1), times(0, 1), method="scipy_solver",

@@ -89,6 +89,13 @@ def test_requested_times_cost_no_evaluation(method, pendulum, start):
     assert counts[1] - counts[0] <= (0 if method in ("dopri5", "tsit5", "bosh3") else 1)
 
 
+def test_times_next_to_each_other_are_all_there():
+    for end in torch.linspace(0.1, 3, 60, dtype=torch.float64):
+        for sign in (1, -1):
+            t = sign * torch.stack([0 * end, torch.nextafter(end, 0 * end), end])
+            assert odeint(decay, torch.ones(1), t, rtol=1e-3, atol=1e-3).shape == (3, 1)
+
+
 def test_a_step_of_dopri5_costs_six_evaluations(pendulum, start):
     attempts = []
     pendulum.callback_step = lambda t0, y0, dt: attempts.append(float(t0))
