@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -245,3 +247,15 @@ def test_a_density_and_its_regularizers_travel_in_a_tuple(interface):
     jacobian = torch.autograd.functional.jacobian(flow, x[:1])[0, :, 0]
     torch.testing.assert_close(logp[-1, 0, 0], -torch.logdet(jacobian), rtol=0, atol=1e-6)
     assert func.net.weight.grad.abs().max() > 0
+
+
+def test_the_page_for_those_who_come_from_torchdiffeq_runs():
+    page = Path(__file__).parents[2] / "docs" / "torchdiffeq.md"
+    if not page.exists():
+        pytest.skip("the documentation is not part of the package")
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)
+    assert names["level"].grad.item() == pytest.approx(-2.0, abs=1e-4)
+    assert names["func"].A.grad.abs().max() > 0 and len(blocks) > 4
