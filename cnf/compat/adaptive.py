@@ -18,6 +18,7 @@ from cnf.ode.field import Evaluation
 from cnf.ode.integrate import Problem, Stats, Trajectory, integrate
 from cnf.ode.interpolate import Polynomial
 from cnf.ode.method import Step, choose_method
+from cnf.ode.moment import slide
 from cnf.ode.state import Leaves, Structure, precise_dtype
 from cnf.ode.tableau import Tableau
 from cnf.ode.trajectory import Measure
@@ -65,9 +66,7 @@ class Piece:
 
     def at(self, t: Tensor) -> Tensor:
         """The states at times t, (times,): of shape (times, *y.shape), differentiable by t."""
-        ((leaf, *_),) = self.inside.coefficients
-        theta = ((t.to(precise_dtype(t)) - self.t) / self.h).to(leaf.device, leaf.real.dtype)
-        return self.inside(theta.reshape(-1, *[1] * leaf.ndim))[0]
+        return self.inside.at_each((t.to(precise_dtype(t)) - self.t) / self.h)[0]
 
 
 @dataclass(frozen=True)
@@ -116,20 +115,17 @@ class _Walk:
         self.times: tuple[float, ...] = ()  # those to read off, and the same as tensors
         self.moments = request.t[:0]
         self.read: list[Tensor] = []
-        self.last: Evaluation | None = None  # the field at the end of the last step
 
     def through(self, times: tuple[float, ...]) -> Tensor:
         """The states at all times, (times, *y.shape)."""
         request, y = self.request, self.request.y
         if len(times) == 1:
             return torch.stack([y])
-        self.times, self.moments = times[1:-1], request.t[1:-1]
-        out = self._integrate(times[0], times[-1])
-        end = out.states[-1][0]
-        if request.follows_times:
-            last = self.last or self.problem.evaluate(request.field, times[-1], (end,), times[0])
-            end = end + last.slope[0] * _shift(request.t[-1], y)
-        return torch.cat([y[None], *self.read, end[None]])
+        landing = None if request.follows_times else -1  # the end is read off for its derivative
+        self.times, self.moments = times[1:landing], request.t[1:landing]
+        end = self._integrate(times[0], times[-1]).states[-1][0]
+        last = [] if request.follows_times else [end[None]]
+        return torch.cat([y[None], *self.read, *last])
 
     def until(self, event: Crossing) -> tuple[float, Tensor]:
         """(time, state) of the event."""
@@ -144,9 +140,9 @@ class _Walk:
 
     def _integrate(self, start: float, end: float) -> Trajectory:
         request, y = self.request, self.request.y
-        if request.follows_times:
-            slope = request.field(request.t[0], (y,)).slope[0]
-            y = y - slope * _shift(request.t[0], y)  # y at a start that does not move
+        if request.follows_times:  # y as it is at a start that does not move
+            t = request.t[0].to(precise_dtype(request.t))
+            y = slide(request.field, t, t.detach() - t, (y,))[0][0]
         self.problem = replace(self.problem, times=(start, end))
         self.at = y
         try:
@@ -177,36 +173,28 @@ class _Walk:
     def accept(self, t: float, h: float, y: Leaves, step: Step) -> Evaluation | None:
         callbacks = self.request.callbacks
         callbacks.tell(callbacks.accept_step, t, y[0], h)
-        count, self.last = self._reached(t + h, h), step.last
-        self.at = step.y[0]
-        if count or self.keep:
-            piece = self._piece(t, h, y, step)
-            if count:
-                moments, self.moments = self.moments[:count], self.moments[count:]
-                self.read.append(piece.at(moments))
-                self.times, self.waiting = self.times[count:], 0
-            if self.keep:
-                self.pieces.append(piece)
-        return self.last
+        count, self.at = self._reached(t + h, h), step.y[0]
+        if not (count or self.keep):
+            return step.last
+        last = step.last or self.problem.evaluate(self.request.field, t + h, step.y, t)
+        piece = self._piece(t, h, y, step._replace(last=last))
+        if count:
+            moments, self.moments = self.moments[:count], self.moments[count:]
+            self.read.append(piece.at(moments))
+            self.times, self.waiting = self.times[count:], 0
+        if self.keep:
+            self.pieces.append(piece)
+        return last
 
     def _reached(self, end: float, h: float) -> int:
         """How many of the times to read lie before the end of a step."""
         direction = math.copysign(1.0, h)
-        later = (i for i, t in enumerate(self.times) if direction * t > direction * end)
-        return next(later, len(self.times))
+        limit = direction * end + 1e-9 * abs(h)  # the last end may be rounded short
+        return next((i for i, t in enumerate(self.times) if direction * t > limit), len(self.times))
 
     def _piece(self, t: float, h: float, y: Leaves, step: Step) -> Piece:
-        field, problem = self.request.field, self.problem
-        if step.last is None:
-            self.last = problem.evaluate(field, t + h, step.y, t)
         first = Evaluation(tuple(ks[0] for ks in step.slopes), ())
-        step = step._replace(last=self.last)
-        return Piece(t, h, problem.interpolant(field, t, h, y, first, step))
-
-
-def _shift(moment: Tensor, y: Tensor) -> Tensor:
-    """0 with the derivative 1 by the time."""
-    return (moment - moment.detach()).to(y.real.dtype)
+        return Piece(t, h, self.problem.interpolant(self.request.field, t, h, y, first, step))
 
 
 def _control(request: Request) -> Adaptive:

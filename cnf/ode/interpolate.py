@@ -28,8 +28,8 @@ class Polynomial:
 
     coefficients: tuple[list[Tensor], ...]
 
-    def __call__(self, theta: float) -> Leaves:
-        """The state at θ."""
+    def __call__(self, theta: float | Tensor) -> Leaves:
+        """The state at θ, a number or a 0-d tensor of the leaves' precision."""
         return tuple(_horner(leaf, theta) for leaf in self.coefficients)
 
     def at_each(self, theta: Tensor) -> Leaves:

@@ -79,6 +79,21 @@ def test_second_derivatives_go_through_the_steps(method, settings, pendulum, sta
     assert gradcheck(solve, start, pendulum.damping, second=True)
 
 
+def test_second_derivatives_by_the_times_are_those_of_the_solution(pendulum, start):
+    def last(t):
+        return odeint(pendulum, start, t, rtol=1e-10, atol=1e-10)[-1, 1]
+
+    t = times(0.2, 0.5, 1.1)
+    found = torch.autograd.functional.hessian(last, t)
+    # the start and the end move the solution as the solution moves
+    step = 1e-3
+    for i in (0, 2):
+        shift = step * torch.eye(3, dtype=torch.float64)[i]
+        expected = (last(t + shift) - 2 * last(t) + last(t - shift)) / step**2
+        assert found[i, i].item() == pytest.approx(expected.item(), abs=1e-3)
+    assert found[1].abs().max() < 1e-6
+
+
 def test_gradients_reach_the_parts_of_a_tuple():
     def solve(a, b, t):
         return odeint(lambda t, y: (-y[0] * y[1], t * y[1].mean() * y[1]), (a, b), t, rtol=1e-10)
@@ -124,7 +139,7 @@ def test_times_that_need_no_gradient_cost_no_evaluation(pendulum, start):
         t = torch.linspace(0, 2, 50, dtype=torch.float64, requires_grad=needs)
         odeint(pendulum, start, t)
         counts.append(pendulum.nfe)
-    assert counts[1] == counts[0] + 1  # the field where the start does not move
+    assert counts[1] == counts[0] + 2  # for the start, which does not move
 
 
 def test_a_dense_solution_passes_gradcheck():
