@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cnf import compat as compat
     from cnf import data as data
     from cnf.error import InputError as InputError
     from cnf.error import IntegrationError as IntegrationError
@@ -52,14 +53,16 @@ _HOMES = {
     "solve": "cnf.ode.solution",
 }
 
-__all__ = [*_HOMES, "data"]
+_ROOMS = ("compat", "data")
+
+__all__ = [*_HOMES, *_ROOMS]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(import_module(_HOMES[name]), name)
-    elif name == "data":
-        value = import_module("cnf.data")
+    elif name in _ROOMS:
+        value = import_module(f"cnf.{name}")
     else:
         raise AttributeError(f"module 'cnf' has no attribute {name!r}")
     globals()[name] = value

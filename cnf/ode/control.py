@@ -116,11 +116,12 @@ class Adaptive:
         """The step to take where `remaining` is left (both > 0); `remaining` itself lands."""
         # two equal steps rather than a long one and a sliver
         short = choose(remaining < 2 * step, remaining / 2, step)
-        return choose(remaining <= step * (1 + 1e-8), remaining, short)
+        return choose(remaining <= step * _STRETCH, remaining, short)
 
     def accepts(self, ratio: Number, length: Number) -> Number:
         """Whether a step of that length and error over tolerance will do."""
-        return (ratio <= 1.0) | ((length <= self.min_step) & (ratio < _LARGEST_RATIO))
+        shortest = self.min_step * _STRETCH  # a step that was stretched to land is no longer
+        return (ratio <= 1.0) | ((length <= shortest) & (ratio < _LARGEST_RATIO))
 
     def factor(self, ratio: Number, order: int, earlier: tuple[Number, Number] = (1.0, 1.0)) -> Any:
         """What to multiply the step by, given error over tolerance; a NaN shrinks it most.
@@ -191,6 +192,7 @@ def sane_ratio(ratio: Number) -> Any:
 
 
 _LARGEST_RATIO = 1e100
+_STRETCH = 1 + 1e-8  # of an adaptive step, to land rather than to leave a sliver
 _SLACK = 1e-4  # of a fixed step: output times rounded to float32 must not cost one more
 
 

@@ -9,6 +9,7 @@ Source: Hairer, Nørsett & Wanner, Solving ODEs I, section II.6.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from cnf.ode.field import Evaluation
-from cnf.ode.method import Evaluate, ExplicitRungeKutta, Method
+from cnf.ode.method import Evaluate, ExplicitRungeKutta, Method, Step
 from cnf.ode.state import Leaves, across
 
 
@@ -27,8 +28,8 @@ class Polynomial:
 
     coefficients: tuple[list[Tensor], ...]
 
-    def __call__(self, theta: float) -> Leaves:
-        """The state at θ."""
+    def __call__(self, theta: float | Tensor) -> Leaves:
+        """The state at θ, a number or a 0-d tensor of the leaves' precision."""
         return tuple(_horner(leaf, theta) for leaf in self.coefficients)
 
     def at_each(self, theta: Tensor) -> Leaves:
@@ -44,40 +45,87 @@ class Polynomial:
 
 def interpolation_order(method: Method) -> int:
     """The order of what `interpolant` gives: its error inside a step is O(h^(order + 1))."""
-    if _weights(method) is not None:
-        return 4
+    if isinstance(method, ExplicitRungeKutta) and method.tableau.dense is not None:
+        return method.tableau.dense_order
     return 2 * len(_nodes(method.order)) - 1
 
 
 def interpolant(
-    method: Method, field: Evaluate, t: float, h: float, y: Leaves, first: Evaluation
+    method: Method,
+    field: Evaluate,
+    t: float,
+    h: float,
+    y: Leaves,
+    first: Evaluation,
+    step: Step | None = None,
 ) -> Polynomial:
     """The solution inside the step from (t, y) by h, where the field is `first`.
 
-    It evaluates the field again for what the step did not keep; the graph follows.
+    step: the step itself, where it was taken already: only what it did not keep is evaluated.
+    The graph follows.
     """
     weights = _weights(method)
-    if weights is not None:
-        assert isinstance(method, ExplicitRungeKutta)
-        return Polynomial(
-            tuple(
-                [leaf, *(_sum(h, column, ks) for column in zip(*weights, strict=True))]
-                for leaf, ks in zip(y, method.stages(field, t, h, y, first), strict=True)
-            )
+    if weights is None:
+        return _hermite(method, field, t, h, y, first, step)
+    slopes = _slopes(method, field, t, h, y, first, step)
+    return Polynomial(
+        tuple(
+            [leaf, *(_sum(h, column, ks) for column in zip(*weights, strict=True))]
+            for leaf, ks in zip(y, slopes, strict=True)
         )
-    return _hermite(method, field, t, h, y, first)
+    )
+
+
+def hermite(h: Any, y: Leaves, first: Evaluation, end: Leaves, last: Evaluation) -> Polynomial:
+    """The cubic that agrees with the solution and its slope at both ends of a step by h.
+
+    h: a float, or a 0-d tensor of y's precision; first, last: the field at the ends.
+    """
+    rises = tuple(after - before for after, before in zip(end, y, strict=True))
+    return _through(_nodes(1), h, y, [rises], [first.slope, last.slope])
+
+
+def _slopes(
+    method: Method, field: Evaluate, t: float, h: float, y: Leaves, first: Evaluation, step: Any
+) -> Sequence[Sequence[Tensor]]:
+    """Of each leaf, the field wherever the method's weights want it."""
+    assert isinstance(method, ExplicitRungeKutta) and method.tableau.dense is not None
+    if step is None or len(step.slopes[0]) < method.tableau.stages:
+        step = method.step(field, t, h, y, first, True)
+    if len(method.tableau.dense) == method.tableau.stages:
+        return step.slopes
+    last = step.last or field(t + h, step.y)
+    return [[*ks, k] for ks, k in zip(step.slopes, last.slope, strict=True)]
 
 
 def _hermite(
-    method: Method, field: Evaluate, t: float, h: float, y: Leaves, first: Evaluation
+    method: Method,
+    field: Evaluate,
+    t: float,
+    h: float,
+    y: Leaves,
+    first: Evaluation,
+    step: Step | None,
 ) -> Polynomial:
     nodes = _nodes(method.order)
     changes, slopes = [], [first.slope]
     for node in nodes[1:]:
-        part = method.step(field, t, node * h, y, first, False)
+        taken = step if node == 1.0 else None
+        part = taken or method.step(field, t, node * h, y, first, False)
         last = part.last or field(t + node * h, part.y)
         changes.append(tuple(end - start for end, start in zip(part.y, y, strict=True)))
         slopes.append(last.slope)
+    return _through(nodes, h, y, changes, slopes)
+
+
+def _through(
+    nodes: tuple[float, ...],
+    h: Any,
+    y: Leaves,
+    changes: Sequence[Leaves],
+    slopes: Sequence[Leaves],
+) -> Polynomial:
+    """The polynomial with given changes at the nodes but the first, and slopes at all of them."""
     matrix = _hermite_matrix(nodes)
     split = len(nodes) - 1
     leaves = []
@@ -110,7 +158,7 @@ def _weights(method: Method) -> tuple[tuple[float, ...], ...] | None:
     return method.tableau.dense if isinstance(method, ExplicitRungeKutta) else None
 
 
-def _sum(h: float, weights: Any, slopes: Any) -> Tensor:
+def _sum(h: Any, weights: Any, slopes: Any) -> Tensor:
     total: Tensor | None = None
     for weight, slope in zip(weights, slopes, strict=True):
         if weight != 0.0:

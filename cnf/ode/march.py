@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -48,7 +49,7 @@ def march(
     # under vmap no number can be read: what is not finite stays so there
     if not is_mapped() and not is_finite((*trajectory.states[-1], *trajectory.integrals[-1])):
         with torch.no_grad():  # once more, looking at every step, to say where
-            _March(problem, y, Stats(), watch=True).run()
+            _March(replace(problem, observer=None), y, Stats(), watch=True).run()
         raise failure("the solution is not finite", problem, problem.times[-1], 0.0, stats, [])
     return trajectory
 
@@ -129,9 +130,13 @@ class _March:
         h = problem.direction * length
         if self.first is None:
             self.first = problem.first_stage(self.evaluate, self.t, h, self.y)
+        if problem.observer is not None:
+            problem.observer.attempt(self.t, h, self.y)
         adaptive = isinstance(control, Adaptive)
         step = problem.step(self.evaluate, self.t, h, self.y, self.first, adaptive)
         if adaptive and not self._judge(step, length, control):
+            if problem.observer is not None:
+                problem.observer.refuse(self.t, h, self.y)
             return
         if self.watch and not is_finite(step.y):
             reason = "the state or the field turned non-finite"
@@ -146,7 +151,7 @@ class _March:
 
     def _judge(self, step: Step, length: float, control: Adaptive) -> bool:
         """Whether the step is good enough; chooses the size of the next attempt."""
-        ratio = error_ratio(step, self.y, control)  # the one device-to-host read
+        ratio = error_ratio(step, self.y, control, self.problem.measure)  # the one read
         factor = control.factor(ratio, self.problem.method.order, self.ratios)
         if not control.accepts(ratio, length):
             self.refused += 1
@@ -166,7 +171,10 @@ class _March:
             self.out.record.append(Accepted(None, self.t, h, self.y))
         self.stats.accepted += 1
         self.steps += 1
-        self.t, self.y, self.first = t, step.y, step.last
+        observer, last = self.problem.observer, step.last
+        if observer is not None:
+            last = observer.accept(self.t, h, self.y, step)
+        self.t, self.y, self.first = t, step.y, last
         self.integral = tuple(
             total + part.to(total.dtype)
             for total, part in zip(self.integral, step.increment, strict=True)
@@ -184,7 +192,7 @@ class _March:
             # a zero has no side: the side that it was left from still counts
             self.events = np.where(after == 0, before, after)
             return False
-        index, theta = self._first_event(np.flatnonzero(crossed), after, h)
+        index, theta = self._first_event(np.flatnonzero(crossed), after, h, step)
         if theta < 1.0:
             assert self.first is not None
             h, label = theta * h, None
@@ -203,11 +211,13 @@ class _March:
         return True
 
     @torch.no_grad()
-    def _first_event(self, crossed: np.ndarray, after: np.ndarray, h: float) -> tuple[int, float]:
+    def _first_event(
+        self, crossed: np.ndarray, after: np.ndarray, h: float, step: Step
+    ) -> tuple[int, float]:
         """(event, θ) of the first of the crossed events, at t + θh."""
         watch, t = self.problem.watch, self.t
         assert watch is not None and self.events is not None and self.first is not None
-        inside = self.problem.interpolant(self.evaluate, t, h, self.y, self.first)
+        inside = self.problem.interpolant(self.evaluate, t, h, self.y, self.first, step)
         found = []
         for i in crossed.tolist():
 

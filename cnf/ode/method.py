@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -21,7 +21,8 @@ class Step(NamedTuple):
     """What one step of length h brings.
 
     y: the state at t + h; increment: of the integrals along the path; last: the field at (t + h, y)
-    where the method has it already; error, increment_error: local error estimates, or empty.
+    where the method has it already; error, increment_error: local error estimates, or empty;
+    slopes: of each leaf of the state, the field at the stages that were evaluated, or empty.
     """
 
     y: Leaves
@@ -29,6 +30,7 @@ class Step(NamedTuple):
     last: Evaluation | None = None
     error: Leaves = ()
     increment_error: Leaves = ()
+    slopes: Sequence[Sequence[Tensor]] = ()
 
 
 class Method(Protocol):
@@ -44,7 +46,9 @@ class Method(Protocol):
     def step(
         self, field: Evaluate, t: float, h: float, y: Leaves, first: Evaluation, estimate: bool
     ) -> Step:
-        """The step from (t, y), where the field is `first`; with error estimates if asked for."""
+        """The step from (t, y), where the field is `first`; with error estimates if asked for, for
+        which every stage is evaluated.
+        """
         ...
 
 
@@ -72,21 +76,16 @@ class ExplicitRungeKutta:
         tableau = self.tableau
         slopes, rates, at, last = self._stages(field, t, h, y, first, estimate)
         lands = estimate and tableau.fsal
-        y1 = at if lands else _moved(y, slopes, tableau.b_weights, h)
+        y1 = at if lands else _ended(y, slopes, tableau.b_weights, h)
         increment = _sums(rates, tableau.b_weights, h)
         if not estimate:
-            return Step(y1, increment)
+            return Step(y1, increment, slopes=slopes)
+        ks = slopes
         if torch.is_grad_enabled():
-            slopes, rates = _detached(slopes), _detached(rates)
-        error = _sums(slopes, tableau.error_weights, h)
+            ks, rates = _detached(slopes), _detached(rates)
+        error = _sums(ks, tableau.error_weights, h)
         increment_error = _sums(rates, tableau.error_weights, h)
-        return Step(y1, increment, last if lands else None, error, increment_error)
-
-    def stages(
-        self, field: Evaluate, t: float, h: float, y: Leaves, first: Evaluation
-    ) -> list[list[Tensor]]:
-        """Of each leaf, its slopes at every stage of the step."""
-        return self._stages(field, t, h, y, first, True)[0]
+        return Step(y1, increment, last if lands else None, error, increment_error, slopes)
 
     def _stages(
         self, field: Evaluate, t: float, h: float, y: Leaves, first: Evaluation, every: bool
@@ -107,7 +106,10 @@ class ExplicitRungeKutta:
 def take_step(
     method: Method, field: Evaluate, t: Any, h: Any, y: Leaves, first: Evaluation, estimate: bool
 ) -> Step:
-    """The step from (t, y) by h; of each row by its own h, where t and h have shape (rows,)."""
+    """The step from (t, y) by h; of each row by its own h, where t and h have shape (rows,).
+
+    Where they are 0-d tensors the step is that of floats, differentiable by them.
+    """
     if not isinstance(h, Tensor):
         return method.step(field, t, h, y, first, estimate)
     pace = OwnPace(field, t, h)
@@ -116,7 +118,8 @@ def take_step(
 
 
 class OwnPace:
-    """h·f(t + s·h, y) over s from 0 to 1, with t and h of each row's own, float64 of shape (rows,).
+    """h·f(t + s·h, y) over s from 0 to 1, with t and h of each row's own, float64 of shape (rows,),
+    or of all, 0-d.
 
     A step of this field of length 1 is a step of every row of f by the row's own length: so there
     is one step function for both.
@@ -141,7 +144,8 @@ class OwnPace:
 
     def _lengths(self, leaf: Tensor) -> Tensor:
         real = leaf.real.dtype if leaf.dtype.is_complex else leaf.dtype
-        return self._h.to(real).reshape(-1, *[1] * (leaf.ndim - 1))
+        lengths = self._h.to(real)
+        return lengths.reshape(-1, *[1] * (leaf.ndim - 1)) if lengths.ndim else lengths
 
 
 def choose_method(method: str | Tableau | Method) -> Method:
@@ -159,6 +163,15 @@ def choose_method(method: str | Tableau | Method) -> Method:
 
 def _moved(y: Leaves, slopes: list[list[Tensor]], weights: Weights, h: float) -> Leaves:
     return tuple([combine(leaf, ks, weights, h) for leaf, ks in zip(y, slopes, strict=True)])
+
+
+def _ended(y: Leaves, slopes: list[list[Tensor]], weights: Weights, h: float) -> Leaves:
+    """`_moved` with the slopes summed first: y is rounded once a step and not once a stage, which
+    adds up over a long way in single precision.
+    """
+    if len(weights) == 1:
+        return _moved(y, slopes, weights, h)
+    return tuple([leaf + weighted_sum(ks, weights, h) for leaf, ks in zip(y, slopes, strict=True)])
 
 
 def _sums(slopes: list[list[Tensor]], weights: Weights, h: float) -> Leaves:

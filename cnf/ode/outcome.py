@@ -133,7 +133,7 @@ def events_met(problem: Problem, solved: Solved, stats: Stats) -> Met:
         event = -1 - label
         y = tuple(leaf[j] for leaf in solved.states)
         q = tuple(leaf[j] for leaf in solved.integrals)
-        found = _corrected(problem, stats, event, path.times[j], y, q)
+        found = corrected(problem, stats, event, path.times[j], y, q)
         crossings.append(Crossing(event, found.time, watch.state.build(found.y)))
         stop = found if watch.events[event].terminal else stop
     if stop is None:
@@ -159,7 +159,7 @@ def _rows_met(problem: Problem, solved: Solved, stats: Stats) -> Met:
     met = Met(torch.full_like(watch.clock(host), torch.nan), index, states, integrals)
     for event in np.unique(path.stopped[path.stopped >= 0]).tolist():
         here = index == event
-        found = _corrected(problem, stats, event, host, states, integrals, here.cpu())
+        found = corrected(problem, stats, event, host, states, integrals, here.cpu())
         met = Met(
             torch.where(here, found.time, met.time),
             index,
@@ -175,7 +175,7 @@ def _finite_end(problem: Problem) -> np.ndarray:
     return np.where(np.isfinite(problem.times[-1]), problem.times[-1], problem.times[0])
 
 
-def _corrected(
+def corrected(
     problem: Problem, stats: Stats, event: int, t: Any, y: Leaves, integral: Leaves, of: Any = 1
 ) -> Met:
     """The zero of g near (t, y), by Newton's method along the solution, with its derivatives.

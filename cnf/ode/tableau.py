@@ -28,7 +28,8 @@ class Tableau:
     a: rows of stage weights, row i holds a_i1 … a_i,i−1 (the first row is empty);
     b: weights of y1; error: weights of y1 minus the embedded solution, or None where there is none.
     dense: a row for each stage, b_i(θ) = Σ_k dense_ik θ^k with k = 1, 2, …: inside the step the
-    solution is y + h Σ b_i(θ) k_i; or None where it has no such weights.
+    solution is y + h Σ b_i(θ) k_i; one row more where the field at the step's end takes part; or
+    None where it has no such weights.
     Raises InputError where the coefficients are no finite numbers or do not fit together: shapes,
     Σ a_i = c_i, Σ b = 1, Σ error = 0 and error not 0 throughout. The order is taken at its word.
     """
@@ -89,6 +90,27 @@ class Tableau:
         return _nonzero(self.error or ())
 
     @cached_property
+    def dense_order(self) -> int:
+        """The order of the dense weights, told from how high powers of t they integrate: their
+        error inside a step is O(h^(order + 1)); 0 without such weights.
+        """
+        if self.dense is None:
+            return 0
+        nodes = (*self.c, 1.0)[: len(self.dense)]
+        power = 0
+        while self._integrates(power, nodes, self.dense):
+            power += 1
+        return power
+
+    def _integrates(self, power: int, nodes: Row, dense: tuple[Row, ...]) -> bool:
+        """Whether Σ b_i(θ) c_i^p = θ^(p + 1)/(p + 1) at every θ."""
+        for k, column in enumerate(zip(*dense, strict=True)):
+            total = fsum(b * c**power for b, c in zip(column, nodes, strict=True))
+            if abs(total - (1 / (power + 1) if k == power else 0.0)) > 1e-10:
+                return False
+        return power < len(dense[0])
+
+    @cached_property
     def used_stages(self) -> int:
         """Stages that y1 needs: those after the last non-zero weight serve the error alone."""
         return max(i for i, weight in enumerate(self.b) if weight != 0.0) + 1
@@ -144,15 +166,17 @@ def _check(tableau: Tableau) -> None:
 def _check_dense(tableau: Tableau) -> None:
     assert tableau.dense is not None
     ends = [fsum(row) for row in tableau.dense]
-    if len({len(row) for row in tableau.dense}) > 1 or len(ends) != tableau.stages:
+    more = len(ends) - tableau.stages
+    if len({len(row) for row in tableau.dense}) > 1 or more not in (0, 1):
         raise InputError(
             f"tableau {tableau.name!r}: dense needs a row of equal length for each of the "
-            f"{tableau.stages} stages"
+            f"{tableau.stages} stages, and at most one more for the field at the step's end"
         )
-    if any(abs(end - b) > 1e-10 for end, b in zip(ends, tableau.b, strict=True)):
+    b = (*tableau.b, *[0.0] * more)
+    if any(abs(end - weight) > 1e-10 for end, weight in zip(ends, b, strict=True)):
         raise InputError(
-            f"tableau {tableau.name!r}: the rows of dense sum to {ends}, expected b: at θ = 1 the "
-            "interpolation must meet the step's end"
+            f"tableau {tableau.name!r}: the rows of dense sum to {ends}, expected {b}: at θ = 1 "
+            "the interpolation must meet the step's end"
         )
 
 

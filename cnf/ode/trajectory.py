@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -48,12 +48,42 @@ class Stats:
         return tried
 
 
+class Observer(Protocol):
+    """Who is told of every step, where all rows share them; t and h are host numbers.
+
+    What it raises ends the solve.
+    """
+
+    def attempt(self, t: float, h: float, y: Leaves) -> None:
+        """A step from (t, y) by h is about to be tried."""
+        ...
+
+    def refuse(self, t: float, h: float, y: Leaves) -> None:
+        """The step was not good enough, and another one will be tried."""
+        ...
+
+    def accept(self, t: float, h: float, y: Leaves, step: Step) -> Evaluation | None:
+        """The step was taken.  Returns the field at its end, where the step or the observer has it:
+        the next step begins with it.
+        """
+        ...
+
+
+class Measure(Protocol):
+    """How large something is against the tolerance, in place of the control's own way."""
+
+    def __call__(self, parts: Leaves, y: Leaves, end: Leaves) -> float:
+        """The size of `parts`, of the state's shapes, on a step from y to `end`; on the host."""
+        ...
+
+
 @dataclass(frozen=True)
 class Problem:
     """dy/dt = field(t, y) over strictly monotone host `times`, and how to solve it.
 
     clock: the dtype in which the field gets the time; watch: events; dense: whether the end of
-    every step is an arrival.
+    every step is an arrival; measure: of errors, None for the control's tolerances; observer: who
+    is told of the steps; both where all rows share them.
     """
 
     field: Evaluate
@@ -64,6 +94,8 @@ class Problem:
     clock: torch.dtype = torch.float64
     watch: Watch | None = None
     dense: bool = False
+    measure: Measure | None = None
+    observer: Observer | None = None
 
     @property
     def per_sample(self) -> bool:
@@ -96,13 +128,22 @@ class Problem:
         return (self._inside(field, t, h) if self.control.jumps else field)(t, y)
 
     def interpolant(
-        self, field: Evaluate, t: Any, h: Any, y: Leaves, first: Evaluation
+        self,
+        field: Evaluate,
+        t: Any,
+        h: Any,
+        y: Leaves,
+        first: Evaluation,
+        step: Step | None = None,
     ) -> Polynomial:
-        """The solution inside the step from (t, y) by h, where the field is `first`."""
+        """The solution inside the step from (t, y) by h, where the field is `first`.
+
+        step: the step itself, where it was taken already and all rows share it.
+        """
         if self.control.jumps:
             field = self._inside(field, t, h)
         if not isinstance(h, Tensor):
-            return interpolant(self.method, field, t, h, y, first)
+            return interpolant(self.method, field, t, h, y, first, step)
         pace = OwnPace(field, t, h)
         return interpolant(self.method, pace, 0.0, 1.0, y, pace.scaled(first))
 
@@ -185,7 +226,7 @@ class Counted:
         return self._field(t, y)
 
 
-def error_ratio(step: Step, y: Leaves, control: Adaptive) -> Any:
+def error_ratio(step: Step, y: Leaves, control: Adaptive, measure: Measure | None = None) -> Any:
     """Estimated error over tolerance: the largest RMS of the state's leaves and integrals.
 
     On the host, by one device-to-host read: a float, or (rows,) where every row has its own steps.
@@ -193,6 +234,8 @@ def error_ratio(step: Step, y: Leaves, control: Adaptive) -> Any:
     end = step.y
     if torch.is_grad_enabled():
         y, end = (tuple(leaf.detach() for leaf in leaves) for leaves in (y, end))
+    if measure is not None:
+        return measure(step.error, y, end)
     parts = [
         error / _tolerance(torch.maximum(y0.abs(), y1.abs()), control)
         for error, y0, y1 in zip(step.error, y, end, strict=True)
@@ -215,8 +258,8 @@ def first_size(problem: Problem, evaluate: Evaluate, y: Leaves, first: Evaluatio
         return choose(np.isfinite(span), control.step_size, control.step_size)
     if control.first_step is not None:
         return control.within(_smaller(control.first_step, span))
-    scales = tuple(_tolerance(leaf.abs(), control) for leaf in y)
-    height, slope = (_in_tolerances(leaves, scales, control) for leaves in (y, first.slope))
+    size = _size_at(problem, y, control)
+    height, slope = size(y), size(first.slope)
     whole = choose(np.isfinite(span), span, 1.0)
     with np.errstate(divide="ignore", invalid="ignore"):
         trial = choose((height > 1e-5) & (slope > 1e-5), 0.01 * height / slope, 1e-6 * whole)
@@ -226,7 +269,7 @@ def first_size(problem: Problem, evaluate: Evaluate, y: Leaves, first: Evaluatio
         trial = choose(usable, trial, 0.0)
         then = _ahead(problem, evaluate, y, first, trial)
         change = tuple(map(torch.sub, then.slope, first.slope))
-        bend = _in_tolerances(change, scales, control) / trial
+        bend = size(change) / trial
         steepest = choose(bend > slope, bend, slope)
         guess = (0.01 / steepest) ** (1 / problem.method.order)
     found = choose(np.isfinite(guess), _smaller(_smaller(100 * trial, guess), span), trial)
@@ -283,11 +326,19 @@ def _tolerance(size: Tensor, control: Adaptive) -> Tensor:
     return size.add_(offset) if 0 < offset < limits.max else size.fill_(1.0)
 
 
-def _in_tolerances(leaves: Leaves, scales: Leaves, control: Adaptive) -> Any:
-    """The largest RMS of the leaves over their scales, a float64 number or one for each row."""
-    parts = list(map(torch.div, leaves, scales))
-    found = _largest_rms(parts, [_unit(control)] * len(parts), control.per_sample)
-    return np.asarray(found)[()]
+def _size_at(problem: Problem, y: Leaves, control: Adaptive) -> Callable[[Leaves], Any]:
+    """What measures leaves against the tolerance at y: a float64 number or one for each row."""
+    measure = problem.measure
+    if measure is not None:
+        return lambda leaves: np.float64(measure(leaves, y, y))
+    scales = tuple(_tolerance(leaf.abs(), control) for leaf in y)
+
+    def size(leaves: Leaves) -> Any:
+        parts = list(map(torch.div, leaves, scales))
+        found = _largest_rms(parts, [_unit(control)] * len(parts), control.per_sample)
+        return np.asarray(found)[()]
+
+    return size
 
 
 def _largest_rms(parts: Sequence[Tensor], units: Sequence[float], of_rows: bool) -> Any:

@@ -41,6 +41,14 @@ def test_an_adaptive_step_leaves_no_sliver(step, remaining):
     assert left == 0 or left >= 0.99 * taken
 
 
+@given(step=length, more=st.floats(0, 1e-8))
+def test_a_step_stretched_to_land_is_accepted_as_the_shortest_step_is(step, more):
+    control = Adaptive(min_step=step)
+    landing = control.fit(step, step * (1 + more))
+    assert control.accepts(5.0, step) and control.accepts(5.0, landing)
+    assert not control.accepts(5.0, 1.01 * step)
+
+
 @given(steps=st.integers(1, 400), start=st.floats(-100, 100), part=st.floats(0.01, 0.99))
 def test_fixed_steps_are_as_many_as_counted(steps, start, part):
     control = FixedStep(0.1)

@@ -133,6 +133,17 @@ def test_a_step_is_the_same_with_and_without_an_estimate_and_a_graph(tableau):
         assert torch.allclose(one_step(tableau, 0.05, True)[0].y[0], plain.y[0], atol=1e-16)
 
 
+@pytest.mark.parametrize("tableau", METHODS.values(), ids=METHODS)
+def test_a_step_rounds_the_state_once_whatever_its_number_of_stages(tableau):
+    y = torch.linspace(1.0, 2.0, 1001)[:-1]
+    slope = torch.rand(1000)
+    first = Evaluation((slope,), ())
+    step = ExplicitRungeKutta(tableau).step(lambda t, y: first, 0.0, 1e-3, (y,), first, False)
+    exact = y.double() + 1e-3 * slope.double()
+    half_a_unit = torch.finfo(torch.float32).eps / 2
+    assert (step.y[0].double() - exact).abs().max() < 1.01 * half_a_unit
+
+
 def test_a_method_is_chosen_by_name_tableau_or_as_it_is():
     assert choose_method("rk4").name == "rk4"
     assert choose_method(RALSTON) == ExplicitRungeKutta(RALSTON)
