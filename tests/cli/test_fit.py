@@ -71,7 +71,7 @@ def test_results_and_messages_are_apart(cnf_command) -> None:
     lines = out.splitlines()
     starts = [line[:14].strip() for line in lines]
     assert starts == ["held-out NLL", "gap", "mass", "round trip", "evaluations", "divergence",
-                      "time", "files", "next", ""]  # fmt: skip
+                      "time", "field", "files", "next", ""]  # fmt: skip
     assert "cnf sample runs/moons -n 1000" in out and "cnf logprob runs/moons" in out
 
 
@@ -292,3 +292,19 @@ def test_the_callers_random_numbers_are_left_alone(cnf_command) -> None:
     torch.manual_seed(5)
     assert cnf_command("fit", "moons", *TINY).code == 0
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_run_says_which_field_it_chose(cnf_command) -> None:
+    """Bandwidth and widths that were given are kept, and all stand in the run's files."""
+    code, out, _ = cnf_command(
+        "fit", "moons", *TINY, "--hidden", "8,8", "--bandwidth", "1,2", "--json"
+    )
+    figures = json.loads(out)
+    assert code == 0 and figures["hidden"] == [8, 8] and figures["bandwidth"] == [1.0, 2.0]
+    config = json.loads(Path("runs/moons/config.json").read_text())
+    assert config["flow"]["hidden"] == [8, 8] and config["flow"]["bandwidth"] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("band", ["1", "2,1", "0,1", "a,b", "1,2,3"])
+def test_a_band_without_a_meaning_is_refused(band: str, refusal) -> None:
+    assert "--bandwidth" in refusal("fit", "moons", "--bandwidth", band)

@@ -90,6 +90,8 @@ def with_rates(field):
 
 def exact_for(gradient):
     """Settings under which a gradient agrees with differences of the computed solution."""
+    if gradient == "reversible":  # whose two states part in steps too long for the problem
+        return {"gradient": gradient, **COARSE, "step_size": 0.05}
     return {"gradient": gradient, **(FINE if gradient == "adjoint" else COARSE)}
 
 
@@ -415,7 +417,8 @@ def test_the_field_may_read_the_state_it_left_from(gradient):
             **exact_for(gradient),
         ).y
 
-    assert gradcheck(outputs, (torch.randn(3, dtype=F64, requires_grad=True),), atol=5e-6)
+    x = 0.5 * torch.randn(3, dtype=F64)
+    assert gradcheck(outputs, (x.requires_grad_(),), atol=5e-6)
 
 
 @EACH_GRADIENT
