@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cnf.allocator import keep_freed_memory
 from cnf.error import InputError, IntegrationError
+from cnf.ode.choice import choose_method
 from cnf.ode.control import Adaptive, Control, FixedStep
 from cnf.ode.event import Event, Watch, as_events
 from cnf.ode.field import (
@@ -31,7 +32,7 @@ from cnf.ode.gradient.checkpoint import Checkpoint
 from cnf.ode.gradient.problem import Gradient, Solved, stacked
 from cnf.ode.gradient.reversible import Reversible
 from cnf.ode.integrate import Problem, Stats, integrate
-from cnf.ode.method import Method, choose_method
+from cnf.ode.method import Method, prepared
 from cnf.ode.moment import from_start
 from cnf.ode.outcome import Crossing, Dense, at_requested_times, events_met, read_at_times
 from cnf.ode.state import Leaves, Structure
@@ -148,6 +149,8 @@ def solve(
     inner, first = _first_look(inner, times, y, quadrature, how, steps.per_sample, stats)
     watch = Watch(events, state, inner.clock, steps.per_sample) if events else None
     _check_events(events, steps)
+    begins = on_device(times[0], y) if steps.per_sample else times[0]
+    chosen = prepared(chosen, steps, Counted(inner, stats), begins, y)
     problem = Problem(inner, times, chosen, steps, max_steps, real, watch, dense)
     clock = t if isinstance(t, Tensor) and _is_differentiated((t,)) else None
     start, begun = y, ()

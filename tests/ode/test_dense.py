@@ -12,10 +12,10 @@ from scipy.integrate import solve_ivp
 from torch.autograd import gradcheck
 
 from cnf.error import InputError
+from cnf.ode.choice import choose_method
 from cnf.ode.control import Adaptive, FixedStep
 from cnf.ode.event import Event
 from cnf.ode.interpolate import interpolation_order
-from cnf.ode.method import choose_method
 from cnf.ode.solution import GRADIENTS, solve
 from cnf.ode.tableau import TABLEAUS
 

@@ -85,6 +85,7 @@ TOLERANCES = {  # low orders are slow where high ones are at home
     "adaptive_heun": (1e-3, 1e-4, 1e-5),
     "fehlberg2": (1e-4, 1e-5, 1e-7),
     "bosh3": (1e-4, 1e-7, 1e-8),
+    "kvaerno3": (1e-4, 1e-6),
     "dopri8": (1e-4, 1e-7, 1e-9, 1e-11),
 }
 
@@ -96,8 +97,9 @@ TOLERANCES = {  # low orders are slow where high ones are at home
 def test_the_solution_meets_its_tolerance(method, tolerance, problem):
     field, start, times, exact = problem
     sol = solve(field, start, times, method=method, rtol=tolerance, atol=tolerance)
-    # fehlberg2 estimates 1/512 of Euler's error, which its second-order solution soon exceeds
-    margin = 600 if method == "fehlberg2" else 30
+    # fehlberg2 estimates 1/512 of Euler's error, which its second-order solution soon exceeds;
+    # kvaerno5's embedded error is small beside its own too, where the problem is not stiff
+    margin = {"fehlberg2": 600, "kvaerno5": 100}.get(method, 30)
     allowed = margin * tolerance * (1 + exact.abs().amax(0))
     assert ((sol.y - exact).abs() <= allowed).all()
 
@@ -128,15 +130,16 @@ def test_single_precision_meets_a_loose_tolerance(tolerance):
 
 @pytest.mark.parametrize("method", TABLEAUS)
 def test_a_time_only_field_is_integrated_as_a_quadrature(method):
+    order = TABLEAUS[method].order
     sol = solve(
         lambda t, y: torch.cos(5 * t) + 0 * y,
         torch.zeros(1, dtype=F64),
         [0.0, 2.0],
         method=method,
-        step_size=1e-3,
+        step_size=1e-3 if order < 3 else 5e-3,
     )
     wanted = quad(lambda t: math.cos(5 * t), 0, 2)[0]
-    assert sol.y[-1].item() == pytest.approx(wanted, abs=5e-3 if method == "euler" else 2e-6)
+    assert sol.y[-1].item() == pytest.approx(wanted, abs=5e-3 if order == 1 else 2e-6)
 
 
 # what comes back -----------------------------------------------------------------------------
