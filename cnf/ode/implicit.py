@@ -24,7 +24,7 @@ class DiagonallyImplicit:
     """One step of a method with `tableau.implicit`, with a graph where gradients are enabled.
 
     rtol, atol: the tolerance of the steps, of which Newton's iteration leaves 1/100 over at most;
-    both 0 to iterate down to rounding; memory: of a run of steps, None for a single one.
+    both 0 to iterate down to rounding; differentiable: how often, 1 or 2; memory: of a run of steps, None for a single one.
     Where Newton's iteration fails the error estimate is NaN, so that the step is refused; without
     an estimate it tries harder, and what it then gives up is NaN.
     """
@@ -32,6 +32,7 @@ class DiagonallyImplicit:
     tableau: Tableau
     rtol: float = 0.0
     atol: float = 0.0
+    differentiable: int = 1
     memory: Memory | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -60,6 +61,10 @@ class DiagonallyImplicit:
         """
         return replace(self, memory=Memory())
 
+    def twice(self) -> DiagonallyImplicit:
+        """The method with second derivatives."""
+        return replace(self, differentiable=2)
+
     def back(self, interpolate: bool) -> DiagonallyImplicit:
         """The method for the adjoint equation; raises InputError unless y is read off."""
         if not interpolate:
@@ -77,7 +82,10 @@ class DiagonallyImplicit:
         tableau, gamma = self.tableau, self.tableau.a[-1][-1]
         memory = None if isinstance(field, OwnPace) else self.memory
         tolerance = self.rtol, self.atol
-        newton = Newton(field, t, y, h * gamma, memory or Memory(), tolerance, not estimate)
+        newton = Newton(
+            field, t, y, h * gamma, memory or Memory(), tolerance,
+            patient=not estimate, twice=self.differentiable == 2,
+        )  # fmt: skip
         layout = newton.layout
         start, slopes = layout.vector(y), [layout.vector(first.slope)]
         rates = [[rate] for rate in first.rates]

@@ -95,7 +95,7 @@ class _March:
         self.refused = 0  # attempts in a row
         self.ratios = (1.0, 1.0)  # error over tolerance of the last two accepted steps
         self.attempts = self.steps = 0
-        self.stopped = False
+        self.stopped, self.solved = False, True
         self.out = Trajectory(record=keep if isinstance(keep, list) else [])
 
     def run(self) -> Trajectory:
@@ -134,10 +134,13 @@ class _March:
             problem.observer.attempt(self.t, h, self.y)
         adaptive = isinstance(control, Adaptive)
         step = problem.step(self.evaluate, self.t, h, self.y, self.first, adaptive)
+        self.solved = step.solved
         if adaptive and not self._judge(step, length, control):
             if problem.observer is not None:
                 problem.observer.refuse(self.t, h, self.y)
             return
+        if not self.solved and not adaptive:
+            raise self._failure("the step's equations have no solution", length, bad_rows(step.y))
         if self.watch and not is_finite(step.y):
             reason = "the state or the field turned non-finite"
             raise self._failure(reason, length, bad_rows(step.y))
@@ -246,6 +249,8 @@ class _March:
             raise self._failure(reason + why, self.size, rows)
 
     def _failure(self, reason: str, step: float, rows: Sequence[int] = ()) -> IntegrationError:
+        if not self.solved:
+            reason += ": Newton's iteration did not converge"
         pairs = zip(self.out.labels, self.out.states, strict=True)
         reached = [state for label, state in pairs if label is not None and label >= 0]
         return failure(reason, self.problem, self.t, step, self.stats, reached, rows)

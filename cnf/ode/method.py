@@ -39,7 +39,8 @@ class Step(NamedTuple):
 class Method(Protocol):
     """A way to make one step; `order` is that of its solution.
 
-    It may offer more: see `prepared`, `begun`, `taken` and `backward`.
+    It may offer more: see `prepared`, `begun`, `taken`, `twice_differentiable`
+    and `adjoint_method`.
     """
 
     @property
@@ -180,13 +181,21 @@ def begun(method: Method) -> Method:
     return method if begin is None else begin()
 
 
+def twice_differentiable(method: Method) -> Method:
+    """The method with a graph that has second derivatives; where they cost more it offers
+    `twice()`.
+    """
+    twice = getattr(method, "twice", None)
+    return method if twice is None else twice()
+
+
 def taken(method: Method, t: float) -> Method:
     """The method that took the step from t; one that is several offers `at(t)`."""
     at = getattr(method, "at", None)
     return method if at is None else at(t)
 
 
-def backward(method: Method, interpolate: bool) -> Method:
+def adjoint_method(method: Method, interpolate: bool) -> Method:
     """The method for the adjoint equation, the state read off (`interpolate`) or solved back.
 
     One that cannot, or that is another, offers `back(interpolate)`.

@@ -42,29 +42,47 @@ class Equation:
         return self.layout.vector(self.field(self.t, self.layout.leaves(at)).slope)
 
     def matrix(self, at: Tensor) -> Tensor:
-        """I − wJ(t, at), (blocks, size, size); with a graph where gradients are enabled."""
+        """I − wJ(t, at), (blocks, size, size)."""
         return shifted(self.field.jacobian(self.t, self.layout.leaves(at)), self.weight)
 
 
 class Root(torch.autograd.Function):
-    """k as a function of value = f(t, z + wk) with k held fixed there: dk = (I − wJ)⁻¹ d value.
+    """k as a function of value = f(t, z + wk) and of k: one exact step of Newton's iteration,
+    k + (I − wJ)⁻¹(value − k), with J held fixed.
 
-    Called with (equation, k, z, value); z serves the second derivative alone.
+    Called with (equation, root, z, k, value), where `root`, what comes back, equals k.  From a k
+    without a graph the first derivative is exact; from one with exact derivatives up to some order,
+    that of twice the order.
     """
 
     @staticmethod
-    def forward(ctx: Any, equation: Equation, k: Tensor, base: Tensor, value: Tensor) -> Tensor:
-        root = k.clone()  # an output of its own: what is saved has its history
+    def forward(
+        ctx: Any, equation: Equation, root: Tensor, base: Tensor, k: Tensor, value: Tensor
+    ) -> Tensor:
         ctx.equation = equation
         ctx.save_for_backward(base, root)
-        return root
+        return root.clone()
 
     @staticmethod
-    def backward(ctx: Any, bar: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, bar: Tensor
+    ) -> tuple[Any, ...]:
         base, root = ctx.saved_tensors
-        matrix = ctx.equation.matrix(torch.add(base, root, alpha=ctx.equation.weight))
-        found = torch.linalg.solve_ex(matrix.mT, bar.unsqueeze(-1))[0]
-        return None, None, None, found.squeeze(-1)
+        with torch.no_grad():
+            matrix = ctx.equation.matrix(torch.add(base, root, alpha=ctx.equation.weight))
+        found = torch.linalg.solve_ex(matrix.mT, bar.unsqueeze(-1))[0].squeeze(-1)
+        return None, None, None, bar - found if ctx.needs_input_grad[3] else None, found
+
+
+class RootOnce(Root):
+    """The same, of which a second derivative is refused."""
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, bar: Tensor
+    ) -> tuple[Any, ...]:
+        return Root.backward(ctx, bar)
 
 
 class Memory:
@@ -84,7 +102,8 @@ class Newton:
     """Roots of the equations of one step from (t, y), all with the weight w.
 
     rtol, atol: the tolerance of the step, of which a share may be left over; both 0 to iterate down
-    to rounding.  patient: try with a matrix for each turn before a root is given up.
+    to rounding; patient: try with a matrix for each turn before a root is given up; twice: with
+    second derivatives.
     Arrays hold a number for each block; failed: where a root was not found.
     """
 
@@ -97,9 +116,10 @@ class Newton:
         memory: Memory,
         tolerance: tuple[float, float],
         patient: bool,
+        twice: bool,
     ) -> None:
         self._field, self._t, self._y, self._weight = field, t, y, weight
-        self._memory, self._patient = memory, patient
+        self._memory, self._patient, self._twice = memory, patient, twice
         self.layout = Layout(y, len(self._jacobian()))
         self._progress = Progress(self.layout, y, tolerance)
         self.failed = np.zeros(self.layout.blocks, dtype=bool)
@@ -112,7 +132,13 @@ class Newton:
         if not torch.is_grad_enabled():
             return k
         value = equation.slope(torch.add(base, k, alpha=self._weight))
-        return Root.apply(equation, k, base, value) if value.requires_grad else k
+        if not value.requires_grad:
+            return k
+        if not self._twice:
+            return RootOnce.apply(equation, k, base, k, value)
+        once = Root.apply(equation, k, base, k, value)
+        value = equation.slope(torch.add(base, once, alpha=self._weight))
+        return Root.apply(equation, k, base, once, value)
 
     def spoiled(self, vector: Tensor) -> Tensor:
         """The vector, NaN in the blocks that failed."""

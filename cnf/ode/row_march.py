@@ -107,6 +107,7 @@ class _RowMarch:
         self.alive = np.ones(batch, dtype=bool)
         self.refused = np.zeros(batch, dtype=np.int64)
         self.ratios = (np.ones(batch), np.ones(batch))
+        self.solved = True
         self.events = self._event_values(self.t, self.y) if problem.watch else None
         self._prepare_output(keep)
 
@@ -168,6 +169,10 @@ class _RowMarch:
         adaptive = isinstance(control, Adaptive)
         step = problem.step(self.evaluate, t0, h0, self.y, self.first, adaptive)
         calls = self._count(calls, self.alive)
+        self.solved = step.solved
+        if not self.solved and not adaptive:
+            reason = "the step's equations have no solution"
+            raise self._failure(reason, self._numbers(bad_rows(step.y)))
         accept = self._judge(step, length, control) if adaptive else self.alive.copy()
         if self.watch and not is_finite(step.y):
             reason = "the state or the field turned non-finite"
@@ -396,6 +401,8 @@ class _RowMarch:
         return self.rows[np.asarray(places, dtype=np.int64)]
 
     def _failure(self, reason: str, rows: Array) -> IntegrationError:
+        if not self.solved:
+            reason += ": Newton's iteration did not converge"
         at = np.flatnonzero(np.isin(self.rows, rows))
         first = at[0] if len(at) else 0
         passed = np.arange(len(self.targets))[:, None] < self.next[self.alive]
