@@ -24,7 +24,8 @@ class DiagonallyImplicit:
     """One step of a method with `tableau.implicit`, with a graph where gradients are enabled.
 
     rtol, atol: the tolerance of the steps, of which Newton's iteration leaves 1/100 over at most;
-    both 0 to iterate down to rounding; differentiable: how often, 1 or 2; memory: of a run of steps, None for a single one.
+    both 0 to iterate down to rounding; differentiable: how often, 1 or 2; memory: of a run of
+    steps, None for a single one.
     Where Newton's iteration fails the error estimate is NaN, so that the step is refused; without
     an estimate it tries harder, and what it then gives up is NaN.
     """
@@ -65,7 +66,7 @@ class DiagonallyImplicit:
         """The method with second derivatives."""
         return replace(self, differentiable=2)
 
-    def back(self, interpolate: bool) -> DiagonallyImplicit:
+    def back(self, interpolate: bool, rated: bool) -> DiagonallyImplicit:
         """The method for the adjoint equation; raises InputError unless y is read off."""
         if not interpolate:
             raise InputError(

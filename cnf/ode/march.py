@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,8 +15,9 @@ from cnf.error import IntegrationError
 from cnf.ode.control import Adaptive
 from cnf.ode.event import locate
 from cnf.ode.field import Evaluation
-from cnf.ode.method import Step
+from cnf.ode.method import ExplicitRungeKutta, Step
 from cnf.ode.state import Leaves, bad_rows, is_finite, precise_dtype
+from cnf.ode.stiffness import damping, stiffness
 from cnf.ode.tangent import is_mapped
 from cnf.ode.trajectory import (
     BEYOND,
@@ -29,6 +31,8 @@ from cnf.ode.trajectory import (
     first_size,
     tiniest,
 )
+
+_STEPS_AHEAD = 20  # attempts after a failure, to tell whether stability chose the steps
 
 
 def march(
@@ -95,7 +99,7 @@ class _March:
         self.refused = 0  # attempts in a row
         self.ratios = (1.0, 1.0)  # error over tolerance of the last two accepted steps
         self.attempts = self.steps = 0
-        self.stopped, self.solved = False, True
+        self.stopped, self.solved, self.probing = False, True, False
         self.out = Trajectory(record=keep if isinstance(keep, list) else [])
 
     def run(self) -> Trajectory:
@@ -253,7 +257,32 @@ class _March:
             reason += ": Newton's iteration did not converge"
         pairs = zip(self.out.labels, self.out.states, strict=True)
         reached = [state for label, state in pairs if label is not None and label >= 0]
-        return failure(reason, self.problem, self.t, step, self.stats, reached, rows)
+        stiff = self._stiffness()
+        return failure(reason, self.problem, self.t, step, self.stats, reached, rows, stiff)
+
+    def _stiffness(self) -> float | None:
+        """|h λ| of the next few steps, if an explicit method finds the problem stiff there."""
+        problem, method = self.problem, self.problem.method
+        control, size = problem.control, self.size
+        if self.probing or not (math.isfinite(size) and size > 0.0):
+            return None
+        if not (isinstance(control, Adaptive) and isinstance(method, ExplicitRungeKutta)):
+            return None
+        ahead = replace(
+            problem, times=(self.t, problem.times[-1]), max_steps=_STEPS_AHEAD, watch=None,
+            dense=False, control=replace(control, first_step=size, land_on=()),
+        )  # fmt: skip
+        record: list[Accepted] = []
+        # whatever the field raises there is not the failure to report
+        with torch.no_grad(), suppress(Exception):
+            y = tuple(leaf.detach() for leaf in self.y)
+            probe = _March(ahead, y, Stats(), keep=record)
+            probe.probing = True
+            with suppress(IntegrationError):  # of steps, as a rule
+                probe.run()
+            found = [float(damping(problem.field, one.t, one.h, one.y)[0]) for one in record]
+            return stiffness(found, method.tableau)
+        return None
 
 
 def _targets(problem: Problem) -> list[Target]:

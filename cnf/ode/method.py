@@ -195,13 +195,14 @@ def taken(method: Method, t: float) -> Method:
     return method if at is None else at(t)
 
 
-def adjoint_method(method: Method, interpolate: bool) -> Method:
-    """The method for the adjoint equation, the state read off (`interpolate`) or solved back.
+def adjoint_method(method: Method, interpolate: bool, rated: bool) -> Method:
+    """The method for the adjoint equation, the state read off (`interpolate`) or solved back,
+    with rates (`rated`) or without; raises InputError where there is none.
 
-    One that cannot, or that is another, offers `back(interpolate)`.
+    One that does not serve for it offers `back(interpolate, rated)`.
     """
     back = getattr(method, "back", None)
-    return method if back is None else back(interpolate)
+    return method if back is None else back(interpolate, rated)
 
 
 def _moved(y: Leaves, slopes: list[list[Tensor]], weights: Weights, h: float) -> Leaves:

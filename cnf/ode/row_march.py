@@ -18,8 +18,9 @@ from cnf.error import IntegrationError
 from cnf.ode.control import Adaptive, on_grid
 from cnf.ode.event import locate
 from cnf.ode.field import Evaluation
-from cnf.ode.method import Step
+from cnf.ode.method import ExplicitRungeKutta, Step
 from cnf.ode.state import Leaves, bad_rows, is_finite, precise_dtype
+from cnf.ode.stiffness import damping, stiffness
 from cnf.ode.trajectory import (
     BEYOND,
     Accepted,
@@ -410,7 +411,20 @@ class _RowMarch:
         count = 1 + int(outputs.min(initial=len(self.problem.times) - 1))
         states = [self._reached(i) for i in range(count)]
         t, size = float(self.t[first]), float(self.size[first])
-        return failure(reason, self.problem, t, size, self.stats, states, rows[:5].tolist())
+        stiff = self._stiffness(at)
+        return failure(reason, self.problem, t, size, self.stats, states, rows[:5].tolist(), stiff)
+
+    def _stiffness(self, at: Array) -> float | None:
+        """|h λ| of the rows at these places, if an explicit method finds a problem stiff there."""
+        method = self.problem.method
+        if not (
+            isinstance(self.problem.control, Adaptive) and isinstance(method, ExplicitRungeKutta)
+        ):
+            return None
+        t, h = on_device(self.t, self.y), on_device(self.direction * self.size, self.y)
+        found = damping(self.evaluate, t, h, self.y)
+        stiff = [stiffness([each], method.tableau) for each in found[at].tolist()]
+        return max((each for each in stiff if each is not None), default=None)
 
 
 def _targets(problem: Problem) -> tuple[Array, Array]:

@@ -34,8 +34,10 @@ from cnf.ode.gradient.reversible import Reversible
 from cnf.ode.integrate import Problem, Stats, integrate
 from cnf.ode.method import Method, prepared
 from cnf.ode.moment import from_start
+from cnf.ode.oracle import Oracle
 from cnf.ode.outcome import Crossing, Dense, at_requested_times, events_met, read_at_times
 from cnf.ode.state import Leaves, Structure
+from cnf.ode.switching import Switching
 from cnf.ode.tableau import Tableau
 from cnf.ode.tangent import carries_tangent, is_mapped, is_transformed
 from cnf.ode.trajectory import Counted, on_device
@@ -163,6 +165,8 @@ def solve(
         raise
     if clock is not None:
         solved = solved.after(begun)
+    if isinstance(chosen, Switching):
+        stats.methods = chosen.changes()
     return _result(problem, solved, start, t, clock, stats)
 
 
@@ -180,6 +184,8 @@ def _solve(
     graph = torch.is_grad_enabled() or carries_tangent((*y, *field.tensors))
     needed = getattr(how, "changes_solution", False) or _is_differentiated((*y, *field.tensors))
     if needed or (isinstance(how, Backprop) and graph):
+        if isinstance(problem.method, Oracle) and not isinstance(how, Adjoint):
+            raise problem.method.refusal()
         return how.solve(problem, field, y, first, stats)
     with torch.no_grad():
         keep = problem.dense and problem.per_sample

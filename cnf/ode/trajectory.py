@@ -397,16 +397,25 @@ def failure(
     stats: Stats,
     reached: Sequence[Leaves],
     rows: Sequence[int] = (),
+    stiff: float | None = None,
 ) -> IntegrationError:
-    """The error that says where the solution ended, and what to try."""
+    """The error that says where the solution ended, and what to try.
+
+    stiff: |h λ| where the problem was found to be stiff there.
+    """
     where = f" (rows {', '.join(map(str, rows))})" if len(rows) else ""
-    if isinstance(problem.control, FixedStep):
+    fixed = isinstance(problem.control, FixedStep)
+    if stiff is not None:
+        cause, remedy = f"the problem is stiff there (h·ρ ≈ {stiff:.2g})", "method='kvaerno5'"
+    elif fixed:
+        cause = "the solution may blow up or be stiff there"
         remedy = "a smaller step_size, bounded weights in the field, or inputs of unit scale"
     else:
+        cause = "the solution may blow up there"
         remedy = "a larger atol and rtol, a smoother field, inputs of unit scale, or more max_steps"
     return IntegrationError(
         f"{reason}{where} at t={t:.6g} with step {abs(step):.2g} of {problem.method.name}, after "
-        f"{stats.calls} evaluations; the solution may blow up or be stiff there: try {remedy}",
+        f"{stats.calls} evaluations; {cause}: try {remedy}",
         t=t,
         step=abs(step),
         nfe=stats.calls,

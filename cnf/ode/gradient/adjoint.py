@@ -57,7 +57,9 @@ class Adjoint:
                 "where every row has its own steps the adjoint goes with neither interpolate=True "
                 "nor dense=True; use gradient='checkpoint'"
             )
-        adjoint_method(problem.method, self.interpolate)  # now, not when the gradient is asked for
+        adjoint_method(
+            problem.method, self.interpolate, bool(first.rates)
+        )  # now, not when the gradient is asked for
         return solved_by(_Adjoint, self, problem, field, y, first, stats)
 
 

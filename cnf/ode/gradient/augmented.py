@@ -101,7 +101,7 @@ def way_back(problem: Problem, augmented: Augmented, span: Any) -> Problem:
     control = problem.control
     if isinstance(control, Adaptive):  # what is integrated is the parameters' gradient here
         control = replace(control, quadrature_atol=None)
-    method = adjoint_method(problem.method, augmented.known is not None)
+    method = adjoint_method(problem.method, augmented.known is not None, bool(augmented.rates_bar))
     return replace(
         problem,
         field=augmented,
