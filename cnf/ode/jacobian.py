@@ -74,7 +74,7 @@ def jacobian(slope: Callable[[Leaves], Leaves], y: Leaves, blocks: int) -> Tenso
         at = layout.vector(y)
         at = at if again and at.requires_grad else at.detach().clone().requires_grad_()
         value = layout.vector(slope(layout.leaves(at)))
-        if not value.requires_grad:
+        if not (value.requires_grad and value.numel()):
             return at.detach().new_zeros(blocks, layout.size, layout.size)
         return _pulled(value, at, again).transpose(0, 1)
 
@@ -83,13 +83,11 @@ def _pulled(value: Tensor, at: Tensor, again: bool) -> Tensor:
     """∂ value_i / ∂ at, (size, blocks, size): entry i of all blocks is pulled back at once."""
     size = value.shape[1]
     units = torch.eye(size, dtype=value.dtype, device=value.device)[:, None].expand(size, *at.shape)
+    settings: dict[str, bool] = dict(retain_graph=True, create_graph=again, allow_unused=True)
 
     def pull(bars: Tensor, batched: bool) -> Tensor:
-        (found,) = torch.autograd.grad(
-            value, at, bars, retain_graph=True, create_graph=again, is_grads_batched=batched,
-            materialize_grads=True,
-        )  # fmt: skip
-        return found
+        (found,) = torch.autograd.grad(value, at, bars, is_grads_batched=batched, **settings)
+        return torch.zeros_like(bars) if found is None else found
 
     chunk = max(_AT_ONCE // max(at.numel(), 1), 1)
     try:

@@ -21,6 +21,7 @@ from cnf.ode.stiffness import damping, stiffness
 from cnf.ode.tangent import is_mapped
 from cnf.ode.trajectory import (
     BEYOND,
+    HALF,
     Accepted,
     Counted,
     Problem,
@@ -160,6 +161,7 @@ class _March:
         """Whether the step is good enough; chooses the size of the next attempt."""
         ratio = error_ratio(step, self.y, control, self.problem.measure)  # the one read
         factor = control.factor(ratio, self.problem.method.order, self.ratios)
+        factor = factor if step.solved else max(factor, HALF)
         if not control.accepts(ratio, length):
             self.refused += 1
             self.stats.rejected += 1

@@ -23,6 +23,7 @@ from cnf.ode.state import Leaves, bad_rows, is_finite, precise_dtype
 from cnf.ode.stiffness import damping, stiffness
 from cnf.ode.trajectory import (
     BEYOND,
+    HALF,
     Accepted,
     Counted,
     Problem,
@@ -195,6 +196,8 @@ class _RowMarch:
         good = control.accepts(ratio, length)
         accept, refuse = self.alive & good, self.alive & ~good
         factor = control.factor(ratio, self.problem.method.order, self.ratios)
+        if not step.solved:
+            factor = np.where(np.isnan(ratio), np.maximum(factor, HALF), factor)
         grown = control.after(self.size, length, factor, self.refused > 0)
         shrunk = control.within(length * factor)
         wanted = np.where(accept, grown, np.where(refuse, shrunk, self.size))

@@ -21,6 +21,7 @@ from cnf.ode.state import Leaves, as_matrix
 from cnf.ode.tangent import is_transformed
 
 Count = Any  # an int, or an int64 tensor of shape (batch,) where every row has its own steps
+HALF = 0.5  # of a step whose equations were not solved is tried next: its error says nothing
 Times = Any  # a tuple of floats, or a float64 array of shape (times, batch)
 
 
