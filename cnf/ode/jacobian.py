@@ -64,8 +64,8 @@ class Layout:
 def jacobian(slope: Callable[[Leaves], Leaves], y: Leaves, blocks: int) -> Tensor:
     """∂ slope_i / ∂y_j of each block, (blocks, size, size), real; see Layout.
 
-    slope: leaves → leaves of the same shapes, one call; where it is not followed by autograd its
-    derivative is taken for 0.  With a graph where gradients are enabled, and y has its own then.
+    slope: leaves → leaves of the same shapes, called once; what autograd does not follow is taken
+    for a constant.  With a graph where gradients are enabled, to y too if y has one.
     Raises InputError for a Jacobian that is too large to be kept.
     """
     layout, again = Layout(y, blocks), torch.is_grad_enabled()
@@ -109,7 +109,7 @@ def _check_size(layout: Layout) -> None:
 
 
 def _real(leaf: Tensor) -> Tensor:
-    return torch.view_as_real(leaf) if leaf.is_complex() else leaf
+    return torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
 
 
 def _shaped(part: Tensor, like: Tensor) -> Tensor:

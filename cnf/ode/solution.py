@@ -113,7 +113,10 @@ def solve(
     times, in either direction; (times, batch) where rows have times of their own; the last may be
     infinite where a terminal event is to end the solve.
     method: "euler", "midpoint", "heun2", "heun3", "rk4", "rk4_38" (fixed steps only),
-    "adaptive_heun", "fehlberg2", "bosh3", "dopri5", "tsit5", "dopri8" (both) or a Tableau.
+    "adaptive_heun", "fehlberg2", "bosh3", "dopri5", "tsit5", "dopri8" (both) or a Tableau; for
+    stiff problems "kvaerno3", "kvaerno5" (both), "implicit_euler", "trapezoid" (fixed), and "auto",
+    dopri5 until it meets stiffness and kvaerno5 there; "leapfrog" for separable systems (q, p)
+    (fixed); "scipy:LSODA" and the like hand the problem to SciPy.
     rtol (1e-5), atol (1e-6): tolerances of adaptive steps; step_size: fixed steps with any method;
     control: FixedStep or Adaptive, instead of these three; Adaptive(per_sample=True) gives every
     row of the batch a time, step and error of its own.
@@ -473,7 +476,7 @@ def _choose_control(
     if isinstance(control, Adaptive) and not method.adaptive:
         raise InputError(
             f"method {method.name!r} does not estimate its error, so it cannot choose its steps: "
-            "give step_size=, or take dopri5, tsit5, bosh3 or dopri8"
+            "give step_size=, or take dopri5, tsit5, bosh3 or dopri8, or kvaerno5 if it is stiff"
         )
     return control
 

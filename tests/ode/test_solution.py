@@ -283,7 +283,9 @@ def test_what_the_field_returns_is_never_written_to(steps, gradient):
     ]
     for field in fields:
         both = functools.partial(lambda field, t, y: (field(t, y), field(t, y)[:, 0]), field)
-        sol = solve(both, y0, [0.0, 1.0], gradient=fitting(gradient, steps), quadrature=True, **steps)
+        sol = solve(
+            both, y0, [0.0, 1.0], gradient=fitting(gradient, steps), quadrature=True, **steps
+        )
         (sol.y[-1].sum() + sol.integral[-1].sum()).backward()
         assert torch.equal(y0, copies[0]) and torch.equal(kept, copies[1])
         moved = sol.y[-1] - sol.y[0]
@@ -543,7 +545,13 @@ def test_a_solution_that_cannot_be_continued_says_where(steps, gradient, name):
     y0 = torch.ones(2, 2, requires_grad=True)
     began = time.monotonic()
     with pytest.raises(IntegrationError, match="try") as caught:
-        solve(getattr(Worsening, name), y0, [0.0, 0.5, 4.0], gradient=fitting(gradient, steps), **steps)
+        solve(
+            getattr(Worsening, name),
+            y0,
+            [0.0, 0.5, 4.0],
+            gradient=fitting(gradient, steps),
+            **steps,
+        )
     error = caught.value
     assert isinstance(error, RuntimeError) and time.monotonic() - began < 5
     assert error.t < 4.0 and error.step > 0 and error.nfe > 0
