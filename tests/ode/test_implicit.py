@@ -16,9 +16,11 @@ from cnf.error import InputError, IntegrationError
 from cnf.ode.choice import choose_method
 from cnf.ode.control import Adaptive, FixedStep
 from cnf.ode.event import Event
+from cnf.ode.field import Evaluation
 from cnf.ode.gradient.adjoint import Adjoint
 from cnf.ode.gradient.checkpoint import Checkpoint
 from cnf.ode.interpolate import interpolation_order
+from cnf.ode.jacobian import jacobian
 from cnf.ode.solution import solve
 from cnf.ode.tableau import TABLEAUS
 
@@ -386,6 +388,28 @@ def test_a_field_that_ends_somewhere_is_solved_up_to_there(method):
 def test_what_cannot_be_continued_ends(method, steps, slope):
     with pytest.raises(IntegrationError, match="try"):
         solve(slope, torch.ones(2, dtype=F64), [0.0, 3.0], method=method, **steps)
+
+
+class Hardening:
+    """A field as the core calls it, which turns a million times stiffer at t = 1."""
+
+    jacobians = 0
+
+    def __call__(self, t, leaves):
+        return Evaluation((-(1e6 if t >= 1 else 1.0) * (leaves[0] - math.cos(t)),), ())
+
+    def jacobian(self, t, leaves):
+        self.jacobians += 1
+        return jacobian(lambda at: self(t, at).slope, leaves, 1)
+
+
+@EACH_ADAPTIVE
+def test_a_jacobian_that_has_aged_is_renewed_within_the_step(method):
+    field, y = Hardening(), (torch.ones(2, dtype=F64),)
+    steps = choose_method(method).begin()
+    for t, taken in ((0.0, 1), (0.5, 1), (1.0, 2), (1.1, 2)):
+        step = steps.step(field, t, 0.1, y, field(t, y), True)
+        assert step.solved and field.jacobians == taken
 
 
 def test_no_graph_is_kept_of_the_iteration():
