@@ -181,6 +181,7 @@ class Newton:
         k, lost = self._iterate(equation, base, guess, self.failed, False)
         if lost.any() and not self._fresh:
             self._renewed()
+            self._progress.rate = 0.0  # that was the old one's
             k, lost = self._again(equation, base, guess, k, lost, False)
         if lost.any() and self._patient:
             k, lost = self._again(equation, base, guess, k, lost, True)
@@ -204,7 +205,7 @@ class Newton:
             rest = (equation.slope(at) - k).unsqueeze(-1)
             change = torch.linalg.lu_solve(*factors, rest).squeeze(-1)
             k = _mixed(~settled, k + change, k)
-            good, bad = progress.judge(change * self._weight, at, ~settled)
+            good, bad = progress.judge(change * self._weight, at, base, ~settled)
             lost = lost | (bad & ~settled)
             settled = settled | good | bad
         return k, lost
@@ -232,12 +233,14 @@ class Progress:
         self._full, self._before, self._turn = full, None, 0
         self._turns = _FULL_TURNS if full else _TURNS_TO_ROUNDING if self._exact else _TURNS
 
-    def judge(self, change: Tensor, at: Tensor, asked: Array) -> tuple[Array, Array]:
+    def judge(self, change: Tensor, at: Tensor, base: Tensor, asked: Array) -> tuple[Array, Array]:
         """(good, bad): the blocks that have converged, and those that will not.
 
-        change: of the state at this turn; at: the state before it; asked: the blocks that matter.
+        change: of the state at this turn; at: the state before it, whose rounding is that of its
+        parts, of which base is one; asked: the blocks that matter.
         """
-        size, whole = self._sizes(change, at)
+        size, *parts = self._sizes(change, at, base)
+        whole = np.maximum(*parts)
         self._turn += 1
         rounding = _ROUNDING * self._epsilon * whole
         if self._before is None:
@@ -253,14 +256,13 @@ class Progress:
         given_up = self._turn == self._turns if self._full else slow
         return good, ~np.isfinite(size) | (given_up & ~good)
 
-    def _sizes(self, change: Tensor, at: Tensor) -> tuple[Array, Array]:
-        """RMS of the change and of the state, in units of what may be left over: the one
-        device-to-host read of a turn.
+    def _sizes(self, *vectors: Tensor) -> Array:
+        """RMS of each vector's blocks, in units of what may be left over: the one device-to-host
+        read of a turn.
         """
-        both = torch.stack([change, at]) / self._units
-        norms = torch.linalg.vector_norm(both, dim=-1) / max(both.shape[-1], 1) ** 0.5
-        size, whole = norms.double().cpu().numpy()
-        return size, whole
+        together = torch.stack(vectors) / self._units
+        norms = torch.linalg.vector_norm(together, dim=-1) / max(together.shape[-1], 1) ** 0.5
+        return norms.double().cpu().numpy()
 
     def _outlook(self, size: Array, limit: Array, asked: Array) -> tuple[Array, Array]:
         """(ahead, slow): what will be left over for each unit of this change, and whether it will
