@@ -23,7 +23,7 @@ ADAPTIVE = {name: tableau for name, tableau in METHODS.items() if tableau.adapti
 START = [[angle, speed] for angle in (-1.0, 0.2, 0.7, 1.5) for speed in (-0.6, 0.4)]
 SPAN = 2.0
 # steps across the span, by order: in the regime of small steps, and well above rounding
-COUNTS = {1: (256, 1024), 2: (64, 256), 3: (32, 128), 4: (24, 72), 5: (20, 60), 8: (10, 20)}
+COUNTS = {1: (128, 512), 2: (64, 256), 3: (32, 128), 4: (24, 72), 5: (20, 60), 8: (10, 20)}
 
 
 def driven(t, y):

