@@ -80,37 +80,44 @@ class DiagonallyImplicit:
         self, field: Any, t: float, h: float, y: Leaves, first: Evaluation, estimate: bool
     ) -> Step:
         """See Method; the field has a `jacobian` too."""
-        tableau, gamma = self.tableau, self.tableau.a[-1][-1]
+        tableau = self.tableau
+        newton = self._newton(field, t, h, y, not estimate)
+        slopes, rates, end = self._stages(newton, field, t, h, y, first)
+        solved = newton.finish()
+        leaves = newton.layout.leaves
+        increment = _sums(rates, tableau.b_weights, h)
+        last = Evaluation(leaves(slopes[-1]), tuple(ks[-1] for ks in rates))
+        if not estimate:
+            return Step(leaves(newton.spoiled(end)), increment, last, solved=solved)
+        with torch.no_grad():
+            error = newton.spoiled(weighted_sum(slopes, tableau.error_weights, h))
+            increment_error = _sums(rates, tableau.error_weights, h)
+        return Step(leaves(end), increment, last, leaves(error), increment_error, solved)
+
+    def _newton(self, field: Any, t: float, h: float, y: Leaves, patient: bool) -> Newton:
         memory = None if isinstance(field, OwnPace) else self.memory
-        tolerance = self.rtol, self.atol
-        newton = Newton(
-            field, t, y, h * gamma, memory or Memory(), tolerance,
-            patient=not estimate, twice=self.differentiable == 2,
+        return Newton(
+            field, t, y, h * self.tableau.a[-1][-1], memory or Memory(),
+            tolerance=(self.rtol, self.atol), patient=patient, twice=self.differentiable == 2,
         )  # fmt: skip
-        layout = newton.layout
+
+    def _stages(
+        self, newton: Newton, field: Any, t: float, h: float, y: Leaves, first: Evaluation
+    ) -> tuple[list[Tensor], list[list[Tensor]], Tensor]:
+        """Slopes at the stages as vectors, each rate at the stages, and the state at the last."""
+        tableau, layout = self.tableau, newton.layout
         start, slopes = layout.vector(y), [layout.vector(first.slope)]
-        rates = [[rate] for rate in first.rates]
-        end = start
+        rates, end = [[rate] for rate in first.rates], start
         for i in range(1, tableau.stages):
             moment = t + tableau.c[i] * h
             base = combine(start, slopes, _before(tableau.a_weights[i], i), h)
             guess = weighted_sum(slopes, _guess(tableau.c[: i + 1]), 1.0)
             slopes.append(newton.root(moment, base, guess))
-            end = torch.add(base, slopes[-1], alpha=h * gamma)
+            end = torch.add(base, slopes[-1], alpha=h * tableau.a[i][i])
             if rates:
                 for ks, k in zip(rates, field(moment, layout.leaves(end)).rates, strict=True):
                     ks.append(k)
-        solved = newton.finish()
-        increment = _sums(rates, tableau.b_weights, h)
-        last = Evaluation(layout.leaves(slopes[-1]), tuple(ks[-1] for ks in rates))
-        if not estimate:
-            end = end if solved else newton.spoiled(end)
-            return Step(layout.leaves(end), increment, last, solved=solved)
-        with torch.no_grad():
-            error = weighted_sum(slopes, tableau.error_weights, h)
-            error = layout.leaves(error if solved else newton.spoiled(error))
-            increment_error = _sums(rates, tableau.error_weights, h)
-        return Step(layout.leaves(end), increment, last, error, increment_error, solved)
+        return slopes, rates, end
 
 
 def _sums(rates: list[list[Tensor]], weights: Weights, h: float) -> Leaves:

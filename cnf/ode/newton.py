@@ -142,6 +142,8 @@ class Newton:
 
     def spoiled(self, vector: Tensor) -> Tensor:
         """The vector, NaN in the blocks that failed."""
+        if not self.failed.any():
+            return vector
         return _mixed(self.failed, torch.full_like(vector, torch.nan), vector)
 
     def finish(self) -> bool:
