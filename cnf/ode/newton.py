@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cnf.error import InputError
 from cnf.ode.jacobian import Layout
 from cnf.ode.state import Leaves
 
@@ -71,7 +72,28 @@ class Root(torch.autograd.Function):
         with torch.no_grad():
             matrix = ctx.equation.matrix(torch.add(base, root, alpha=ctx.equation.weight))
         found = torch.linalg.solve_ex(matrix.mT, bar.unsqueeze(-1))[0].squeeze(-1)
+        if torch.is_grad_enabled():
+            found = _NoMore.apply(found, root)
         return None, None, None, bar - found if ctx.needs_input_grad[3] else None, found
+
+
+class _NoMore(torch.autograd.Function):
+    """`found`, which is differentiated once more with the root, and not again: J was held fixed."""
+
+    @staticmethod
+    def forward(ctx: Any, found: Tensor, root: Tensor) -> Tensor:
+        return found.clone()
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, bar: Tensor
+    ) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise InputError(
+                "implicit methods have first and second derivatives; for a third take an explicit "
+                "method"
+            )
+        return bar, None
 
 
 class RootOnce(Root):
