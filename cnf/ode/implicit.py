@@ -83,16 +83,19 @@ class DiagonallyImplicit:
         tableau = self.tableau
         newton = self._newton(field, t, h, y, not estimate)
         slopes, rates, end = self._stages(newton, field, t, h, y, first)
-        solved = newton.finish()
-        leaves = newton.layout.leaves
-        increment = _sums(rates, tableau.b_weights, h)
+        leaves, solved = newton.layout.leaves, newton.finish()
         last = Evaluation(leaves(slopes[-1]), tuple(ks[-1] for ks in rates))
+        rows = len(y[0]) if y[0].ndim else 1
+        by_rows = isinstance(field, OwnPace) and newton.layout.blocks == rows
+        calls = newton.calls if by_rows else None
+        increment = _sums(rates, tableau.b_weights, h)
+        step = Step(leaves(end), increment, last, solved=solved, calls=calls)
         if not estimate:
-            return Step(leaves(newton.spoiled(end)), increment, last, solved=solved)
+            return step._replace(y=leaves(newton.spoiled(end)))
         with torch.no_grad():
             error = newton.spoiled(weighted_sum(slopes, tableau.error_weights, h))
             increment_error = _sums(rates, tableau.error_weights, h)
-        return Step(leaves(end), increment, last, leaves(error), increment_error, solved)
+        return step._replace(error=leaves(error), increment_error=increment_error)
 
     def _newton(self, field: Any, t: float, h: float, y: Leaves, patient: bool) -> Newton:
         memory = None if isinstance(field, OwnPace) else self.memory
@@ -115,6 +118,7 @@ class DiagonallyImplicit:
             slopes.append(newton.root(moment, base, guess))
             end = torch.add(base, slopes[-1], alpha=h * tableau.a[i][i])
             if rates:
+                newton.calls += 1
                 for ks, k in zip(rates, field(moment, layout.leaves(end)).rates, strict=True):
                     ks.append(k)
         return slopes, rates, end

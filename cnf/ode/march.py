@@ -272,7 +272,7 @@ class _March:
             return None
         ahead = replace(
             problem, times=(self.t, problem.times[-1]), max_steps=_STEPS_AHEAD, watch=None,
-            dense=False, control=replace(control, first_step=size, land_on=()),
+            observer=None, dense=False, control=replace(control, first_step=size, land_on=()),
         )  # fmt: skip
         record: list[Accepted] = []
         # whatever the field raises there is not the failure to report

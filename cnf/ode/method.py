@@ -24,7 +24,8 @@ class Step(NamedTuple):
     y: the state at t + h; increment: of the integrals along the path; last: the field at (t + h, y)
     where the method has it already; error, increment_error: local error estimates, or empty;
     slopes: of each leaf of the state, the field at the stages that were evaluated, or empty;
-    solved: whether the equations of an implicit step were solved; where not, y or the error is NaN.
+    solved: whether the equations of an implicit step were solved; where not, y or the error is NaN;
+    calls: evaluations that each row needed, on the host, None where all needed the same.
     """
 
     y: Leaves
@@ -34,6 +35,7 @@ class Step(NamedTuple):
     increment_error: Leaves = ()
     slopes: Sequence[Sequence[Tensor]] = ()
     solved: bool = True
+    calls: Any = None
 
 
 class Method(Protocol):
@@ -145,12 +147,9 @@ class OwnPace:
         self._known.append((scaled, value))
         return scaled
 
-    def unscaled(self, scaled: Evaluation) -> Evaluation:
-        """The field's value that `scaled` came from; NaN where h = 0, if it came from none."""
-        for made, value in self._known:
-            if made is scaled:
-                return value
-        return Evaluation(*(tuple(leaf / self._lengths(leaf) for leaf in part) for part in scaled))
+    def unscaled(self, scaled: Evaluation) -> Evaluation | None:
+        """The field's value that `scaled` came from; None for what did not come from the field."""
+        return next((value for made, value in self._known if made is scaled), None)
 
     def jacobian(self, s: float, y: Leaves) -> Tensor:
         """h times the field's Jacobian, of each row by its own h."""

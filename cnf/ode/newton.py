@@ -126,7 +126,8 @@ class Newton:
     rtol, atol: the tolerance of the step, of which a share may be left over; both 0 to iterate down
     to rounding; patient: try with a matrix for each turn before a root is given up; twice: with
     second derivatives.
-    Arrays hold a number for each block; failed: where a root was not found.
+    Arrays hold a number for each block; failed: where a root was not found; calls: evaluations of
+    the field so far.
     """
 
     def __init__(
@@ -145,6 +146,7 @@ class Newton:
         self.layout = Layout(y, len(self._jacobian()))
         self._progress = Progress(self.layout, y, tolerance)
         self.failed = np.zeros(self.layout.blocks, dtype=bool)
+        self.calls = np.zeros(self.layout.blocks, dtype=np.int64)
 
     def root(self, t: float, base: Tensor, guess: Tensor) -> Tensor:
         """The k of k = f(t, base + wk), searched from `guess`, with its gradient where enabled."""
@@ -224,6 +226,7 @@ class Newton:
         progress, lost = self._progress, np.zeros_like(settled)
         progress.start(full)
         while not settled.all():
+            self.calls += ~settled
             at = torch.add(base, k, alpha=self._weight)
             factors = _factored(equation.matrix(at)) if full else self._factors()
             rest = (equation.slope(at) - k).unsqueeze(-1)

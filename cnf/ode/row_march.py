@@ -170,7 +170,7 @@ class _RowMarch:
             calls = self._count(calls, self.alive & (self.refused == 0))  # a refused row knew it
         adaptive = isinstance(control, Adaptive)
         step = problem.step(self.evaluate, t0, h0, self.y, self.first, adaptive)
-        calls = self._count(calls, self.alive)
+        calls = self._count(calls, self.alive, step.calls)
         self.solved = step.solved
         if not self.solved and not adaptive:
             reason = "the step's equations have no solution"
@@ -216,9 +216,13 @@ class _RowMarch:
             raise self._failure("the step vanished", self.rows[stuck])
         return accept
 
-    def _count(self, calls: int, needed: Array) -> int:
-        """Count the evaluations since so many calls, for the rows that would need them alone."""
-        self.counts[0, self.rows[needed]] += self.stats.calls - calls
+    def _count(self, calls: int, needed: Array, each: Array | None = None) -> int:
+        """Count the evaluations since so many calls, for the rows that would need them alone.
+
+        each: how many each row would need, where they need different numbers.
+        """
+        more = self.stats.calls - calls if each is None else each[needed]
+        self.counts[0, self.rows[needed]] += more
         return self.stats.calls
 
     def _grid(self, size: Array, below: Any = np.inf) -> Array:

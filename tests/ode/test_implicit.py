@@ -547,6 +547,16 @@ def test_the_adjoint_that_solves_the_state_back_is_refused(method, rows):
         )
 
 
+@pytest.mark.parametrize("method", [*IMPLICIT, "auto", "scipy:LSODA"])
+def test_steps_that_cannot_be_undone_are_refused(method):
+    y0, k = leaves()
+    settings = dict(method=method, params=[k], gradient="reversible")
+    if TABLEAUS.get(method) is not None:
+        settings["step_size"] = 0.1
+    with pytest.raises(InputError, match=r"undoes explicit steps|cannot be repeated"):
+        solve(reaction, y0, [0.0, 1.0], **settings)
+
+
 @EACH
 @pytest.mark.parametrize("gradient", ["backprop", "checkpoint"])
 def test_second_derivatives_are_exact_and_third_ones_refused(method, gradient):
