@@ -12,12 +12,13 @@ from torch import Tensor
 
 from cnf.compat.request import CALLBACKS, Crossing, Request, on_host
 from cnf.error import InputError, IntegrationError
+from cnf.ode.choice import choose_method
 from cnf.ode.control import Adaptive
 from cnf.ode.event import Event, Watch
 from cnf.ode.field import Evaluation
 from cnf.ode.integrate import Problem, Stats, Trajectory, integrate
 from cnf.ode.interpolate import Polynomial
-from cnf.ode.method import Step, choose_method
+from cnf.ode.method import Step
 from cnf.ode.moment import slide
 from cnf.ode.state import Leaves, Structure, precise_dtype
 from cnf.ode.tableau import Tableau

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from cnf.compat.request import Crossing, Dynamics, Request, on_host
 from cnf.error import InputError
+from cnf.ode.choice import choose_method
 from cnf.ode.control import FixedStep
 from cnf.ode.event import locate
 from cnf.ode.field import Evaluation
 from cnf.ode.interpolate import hermite
-from cnf.ode.method import Evaluate, choose_method, take_step
+from cnf.ode.method import Evaluate, take_step
 from cnf.ode.state import Leaves, precise_dtype
 
 Moment = Any  # a time: a float, or a 0-d tensor where the times require a gradient

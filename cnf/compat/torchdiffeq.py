@@ -19,10 +19,10 @@ from cnf.compat.adjoint import Backward, solve_with_adjoint, with_norm
 from cnf.compat.request import Crossing, Layout, Request
 from cnf.compat.solver import SOLVERS, read, solve, solve_until
 from cnf.error import InputError
+from cnf.ode.choice import choose_method
 from cnf.ode.control import FixedStep
 from cnf.ode.event import Event, Watch
 from cnf.ode.integrate import Problem, Stats
-from cnf.ode.method import choose_method
 from cnf.ode.outcome import corrected
 from cnf.ode.state import Structure
 

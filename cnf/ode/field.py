@@ -25,6 +25,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from cnf.error import InputError
+from cnf.ode.jacobian import jacobian
 from cnf.ode.state import Leaves, Structure
 
 UserField = Callable[..., Any]
@@ -72,6 +73,15 @@ class Field:
             return Evaluation(self.state.leaves(value, "dy/dt"), ())
         slope, rates = value
         return Evaluation(self.state.leaves(slope, "dy/dt"), self.rates.leaves(rates, "the rates"))
+
+    def jacobian(self, t: Any, y: Leaves) -> Tensor:
+        """∂(dy/dt)_i / ∂y_j, real, (blocks, size, size): a block for each row of a row-wise field,
+        else one for all; see `jacobian`.
+        """
+        sizes = {leaf.shape[0] if leaf.ndim else None for leaf in y}
+        rows = sizes.pop() if self.row_wise and len(sizes) == 1 else None
+        with self.precision:
+            return jacobian(lambda leaves: self(t, leaves).slope, y, 1 if rows is None else rows)
 
     def take(self, rows: Tensor) -> Field:
         """The same field for some rows of the batch."""

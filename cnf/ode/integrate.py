@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cnf.ode.field import Evaluation
 from cnf.ode.march import march
+from cnf.ode.method import begun
+from cnf.ode.oracle import Oracle
 from cnf.ode.row_march import march_rows
 from cnf.ode.state import Leaves
 from cnf.ode.trajectory import Accepted, Problem, Stats, Trajectory
@@ -26,6 +30,10 @@ def integrate(
     what to keep it in.
     Raises IntegrationError where the state turns non-finite, the step vanishes or steps run out.
     """
+    if isinstance(problem.method, Oracle):
+        first = first or problem.field(problem.times[0], y)
+        return problem.method.march(problem, y, stats, first, keep)
+    problem = replace(problem, method=begun(problem.method))
     if problem.per_sample:
         return march_rows(problem, y, stats, first=first, keep=keep)
     return march(problem, y, stats, first=first, keep=keep)

@@ -3,7 +3,10 @@
 dopri5 and tsit5 have weights of their own for it (order 4).  Any other step is interpolated by the
 polynomial that agrees with the solution and its slope at both ends (order 3, for methods up to
 order 4), in the middle too (order 5, for order 5), or at both thirds (order 7, for any higher):
-what lies between the ends comes from steps of the same method, part of the way.
+what lies between the ends comes from steps of the same method, part of the way.  An implicit
+method's step is interpolated without the slope at its start, since f(t, y) magnifies what y is off
+the solution as much as the problem is stiff, while the slopes of stages do not: by the value and
+the slope at the end (order 2, for methods up to order 2), and in the middle too (order 4).
 Source: Hairer, Nørsett & Wanner, Solving ODEs I, section II.6.
 """
 
@@ -18,7 +21,8 @@ import numpy as np
 from torch import Tensor
 
 from cnf.ode.field import Evaluation
-from cnf.ode.method import Evaluate, ExplicitRungeKutta, Method, Step
+from cnf.ode.implicit import DiagonallyImplicit
+from cnf.ode.method import Evaluate, ExplicitRungeKutta, Method, Step, taken
 from cnf.ode.state import Leaves, across
 
 
@@ -47,7 +51,8 @@ def interpolation_order(method: Method) -> int:
     """The order of what `interpolant` gives: its error inside a step is O(h^(order + 1))."""
     if isinstance(method, ExplicitRungeKutta) and method.tableau.dense is not None:
         return method.tableau.dense_order
-    return 2 * len(_nodes(method.order)) - 1
+    implicit = isinstance(method, DiagonallyImplicit)
+    return 2 * len(_nodes(method.order, implicit)) - (2 if implicit else 1)
 
 
 def interpolant(
@@ -64,6 +69,7 @@ def interpolant(
     step: the step itself, where it was taken already: only what it did not keep is evaluated.
     The graph follows.
     """
+    method = taken(method, t)
     weights = _weights(method)
     if weights is None:
         return _hermite(method, field, t, h, y, first, step)
@@ -82,7 +88,7 @@ def hermite(h: Any, y: Leaves, first: Evaluation, end: Leaves, last: Evaluation)
     h: a float, or a 0-d tensor of y's precision; first, last: the field at the ends.
     """
     rises = tuple(after - before for after, before in zip(end, y, strict=True))
-    return _through(_nodes(1), h, y, [rises], [first.slope, last.slope])
+    return _through((0.0, 1.0), h, y, [rises], [first.slope, last.slope])
 
 
 def _slopes(
@@ -107,11 +113,12 @@ def _hermite(
     first: Evaluation,
     step: Step | None,
 ) -> Polynomial:
-    nodes = _nodes(method.order)
-    changes, slopes = [], [first.slope]
+    implicit = isinstance(method, DiagonallyImplicit)
+    nodes = _nodes(method.order, implicit)
+    changes, slopes = [], [] if implicit else [first.slope]
     for node in nodes[1:]:
-        taken = step if node == 1.0 else None
-        part = taken or method.step(field, t, node * h, y, first, False)
+        known = step if node == 1.0 else None
+        part = known or method.step(field, t, node * h, y, first, False)
         last = part.last or field(t + node * h, part.y)
         changes.append(tuple(end - start for end, start in zip(part.y, y, strict=True)))
         slopes.append(last.slope)
@@ -125,8 +132,10 @@ def _through(
     changes: Sequence[Leaves],
     slopes: Sequence[Leaves],
 ) -> Polynomial:
-    """The polynomial with given changes at the nodes but the first, and slopes at all of them."""
-    matrix = _hermite_matrix(nodes)
+    """The polynomial with given changes at the nodes but the first, and slopes at all of them, or
+    at all but the first.
+    """
+    matrix = _hermite_matrix(nodes, len(slopes) == len(nodes))
     split = len(nodes) - 1
     leaves = []
     for i, leaf in enumerate(y):
@@ -139,19 +148,23 @@ def _through(
     return Polynomial(tuple(leaves))
 
 
-def _nodes(order: int) -> tuple[float, ...]:
+def _nodes(order: int, implicit: bool) -> tuple[float, ...]:
+    if implicit:
+        return (0.0, 1.0) if order <= 2 else (0.0, 0.5, 1.0)
     if order <= 4:
         return (0.0, 1.0)
     return (0.0, 0.5, 1.0) if order == 5 else (0.0, 1 / 3, 2 / 3, 1.0)
 
 
 @cache
-def _hermite_matrix(nodes: tuple[float, ...]) -> np.ndarray:
-    """Coefficients of θ, θ², … by the changes at the nodes but the first, and all slopes."""
-    powers = np.arange(1, 2 * len(nodes))
+def _hermite_matrix(nodes: tuple[float, ...], start: bool) -> np.ndarray:
+    """Coefficients of θ, θ², … by the changes at the nodes but the first, and the slopes at all;
+    without that at the start if `start` is false.
+    """
+    powers = np.arange(1, 2 * len(nodes) - (not start))
     at = np.array(nodes)[:, None]
     values, slopes = at[1:] ** powers, powers * at ** (powers - 1.0)
-    return np.linalg.inv(np.vstack([values, slopes]))
+    return np.linalg.inv(np.vstack([values, slopes if start else slopes[1:]]))
 
 
 def _weights(method: Method) -> tuple[tuple[float, ...], ...] | None:

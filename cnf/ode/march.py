@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,11 +15,13 @@ from cnf.error import IntegrationError
 from cnf.ode.control import Adaptive
 from cnf.ode.event import locate
 from cnf.ode.field import Evaluation
-from cnf.ode.method import Step
+from cnf.ode.method import ExplicitRungeKutta, Step
 from cnf.ode.state import Leaves, bad_rows, is_finite, precise_dtype
+from cnf.ode.stiffness import damping, stiffness
 from cnf.ode.tangent import is_mapped
 from cnf.ode.trajectory import (
     BEYOND,
+    HALF,
     Accepted,
     Counted,
     Problem,
@@ -29,6 +32,8 @@ from cnf.ode.trajectory import (
     first_size,
     tiniest,
 )
+
+_STEPS_AHEAD = 20  # attempts after a failure, to tell whether stability chose the steps
 
 
 def march(
@@ -95,7 +100,7 @@ class _March:
         self.refused = 0  # attempts in a row
         self.ratios = (1.0, 1.0)  # error over tolerance of the last two accepted steps
         self.attempts = self.steps = 0
-        self.stopped = False
+        self.stopped, self.solved, self.probing = False, True, False
         self.out = Trajectory(record=keep if isinstance(keep, list) else [])
 
     def run(self) -> Trajectory:
@@ -134,10 +139,13 @@ class _March:
             problem.observer.attempt(self.t, h, self.y)
         adaptive = isinstance(control, Adaptive)
         step = problem.step(self.evaluate, self.t, h, self.y, self.first, adaptive)
+        self.solved = step.solved
         if adaptive and not self._judge(step, length, control):
             if problem.observer is not None:
                 problem.observer.refuse(self.t, h, self.y)
             return
+        if not self.solved and not adaptive:
+            raise self._failure("the step's equations have no solution", length, bad_rows(step.y))
         if self.watch and not is_finite(step.y):
             reason = "the state or the field turned non-finite"
             raise self._failure(reason, length, bad_rows(step.y))
@@ -153,6 +161,7 @@ class _March:
         """Whether the step is good enough; chooses the size of the next attempt."""
         ratio = error_ratio(step, self.y, control, self.problem.measure)  # the one read
         factor = control.factor(ratio, self.problem.method.order, self.ratios)
+        factor = factor if step.solved else max(factor, HALF)
         if not control.accepts(ratio, length):
             self.refused += 1
             self.stats.rejected += 1
@@ -246,9 +255,36 @@ class _March:
             raise self._failure(reason + why, self.size, rows)
 
     def _failure(self, reason: str, step: float, rows: Sequence[int] = ()) -> IntegrationError:
+        if not self.solved:
+            reason += ": Newton's iteration did not converge"
         pairs = zip(self.out.labels, self.out.states, strict=True)
         reached = [state for label, state in pairs if label is not None and label >= 0]
-        return failure(reason, self.problem, self.t, step, self.stats, reached, rows)
+        stiff = self._stiffness()
+        return failure(reason, self.problem, self.t, step, self.stats, reached, rows, stiff)
+
+    def _stiffness(self) -> float | None:
+        """|h λ| of the next few steps, if an explicit method finds the problem stiff there."""
+        problem, method = self.problem, self.problem.method
+        control, size = problem.control, self.size
+        if self.probing or not (math.isfinite(size) and size > 0.0):
+            return None
+        if not (isinstance(control, Adaptive) and isinstance(method, ExplicitRungeKutta)):
+            return None
+        ahead = replace(
+            problem, times=(self.t, problem.times[-1]), max_steps=_STEPS_AHEAD, watch=None,
+            observer=None, dense=False, control=replace(control, first_step=size, land_on=()),
+        )  # fmt: skip
+        record: list[Accepted] = []
+        # whatever the field raises there is not the failure to report
+        with torch.no_grad(), suppress(Exception):
+            y = tuple(leaf.detach() for leaf in self.y)
+            probe = _March(ahead, y, Stats(), keep=record)
+            probe.probing = True
+            with suppress(IntegrationError):  # of steps, as a rule
+                probe.run()
+            found = [float(damping(problem.field, one.t, one.h, one.y)[0]) for one in record]
+            return stiffness(found, method.tableau)
+        return None
 
 
 def _targets(problem: Problem) -> list[Target]:

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from cnf.error import InputError
+from cnf.ode.control import Control
 from cnf.ode.field import Evaluation
+from cnf.ode.jacobian import Layout
 from cnf.ode.state import Leaves, combine, weighted_sum
-from cnf.ode.tableau import TABLEAUS, Tableau, Weights
+from cnf.ode.tableau import Tableau, Weights
 
 Evaluate = Callable[[Any, Leaves], Evaluation]  # time: a float, or (rows,) where rows have theirs
 
@@ -22,7 +23,9 @@ class Step(NamedTuple):
 
     y: the state at t + h; increment: of the integrals along the path; last: the field at (t + h, y)
     where the method has it already; error, increment_error: local error estimates, or empty;
-    slopes: of each leaf of the state, the field at the stages that were evaluated, or empty.
+    slopes: of each leaf of the state, the field at the stages that were evaluated, or empty;
+    solved: whether the equations of an implicit step were solved; where not, y or the error is NaN;
+    calls: evaluations that each row needed, on the host, None where all needed the same.
     """
 
     y: Leaves
@@ -31,10 +34,16 @@ class Step(NamedTuple):
     error: Leaves = ()
     increment_error: Leaves = ()
     slopes: Sequence[Sequence[Tensor]] = ()
+    solved: bool = True
+    calls: Any = None
 
 
 class Method(Protocol):
-    """A way to make one step; `order` is that of its solution."""
+    """A way to make one step; `order` is that of its solution.
+
+    It may offer more: see `prepared`, `begun`, `taken`, `twice_differentiable`
+    and `adjoint_method`.
+    """
 
     @property
     def name(self) -> str: ...
@@ -139,8 +148,16 @@ class OwnPace:
         return scaled
 
     def unscaled(self, scaled: Evaluation) -> Evaluation | None:
-        """The field's value that `scaled` came from."""
+        """The field's value that `scaled` came from; None for what did not come from the field."""
         return next((value for made, value in self._known if made is scaled), None)
+
+    def jacobian(self, s: float, y: Leaves) -> Tensor:
+        """h times the field's Jacobian, of each row by its own h."""
+        field: Any = self._field
+        found = field.jacobian(torch.add(self._t, self._h, alpha=s), y)
+        ones = (torch.full_like(leaf, 1 + 1j if leaf.is_complex() else 1) for leaf in y)
+        each = tuple(leaf * self._lengths(leaf) for leaf in ones)
+        return found * Layout(y, len(found)).vector(each).unsqueeze(-1)
 
     def _lengths(self, leaf: Tensor) -> Tensor:
         real = leaf.real.dtype if leaf.dtype.is_complex else leaf.dtype
@@ -148,17 +165,43 @@ class OwnPace:
         return lengths.reshape(-1, *[1] * (leaf.ndim - 1)) if lengths.ndim else lengths
 
 
-def choose_method(method: str | Tableau | Method) -> Method:
-    """The method of a name, a tableau, or itself; raises InputError with the list of names."""
-    if isinstance(method, Tableau):
-        return ExplicitRungeKutta(method)
-    if not isinstance(method, str):
-        if callable(getattr(method, "step", None)):
-            return method
-        raise InputError(f"method must be a name or a Tableau, got {type(method).__name__}")
-    if method not in TABLEAUS:
-        raise InputError(f"unknown method {method!r}; known are {', '.join(TABLEAUS)}")
-    return ExplicitRungeKutta(TABLEAUS[method])
+def prepared(method: Method, control: Control, evaluate: Evaluate, t: Any, y: Leaves) -> Method:
+    """The method for a solve from (t, y) with such steps; raises InputError for what it cannot do.
+
+    Methods that need to know offer `prepare(control, evaluate, t, y)`.
+    """
+    prepare = getattr(method, "prepare", None)
+    return method if prepare is None else prepare(control, evaluate, t, y)
+
+
+def begun(method: Method) -> Method:
+    """The method for a run of steps; one that learns from step to step offers `begin()`."""
+    begin = getattr(method, "begin", None)
+    return method if begin is None else begin()
+
+
+def twice_differentiable(method: Method) -> Method:
+    """The method with a graph that has second derivatives; where they cost more it offers
+    `twice()`.
+    """
+    twice = getattr(method, "twice", None)
+    return method if twice is None else twice()
+
+
+def taken(method: Method, t: float) -> Method:
+    """The method that took the step from t; one that is several offers `at(t)`."""
+    at = getattr(method, "at", None)
+    return method if at is None else at(t)
+
+
+def adjoint_method(method: Method, interpolate: bool, rated: bool) -> Method:
+    """The method for the adjoint equation, the state read off (`interpolate`) or solved back,
+    with rates (`rated`) or without; raises InputError where there is none.
+
+    One that does not serve for it offers `back(interpolate, rated)`.
+    """
+    back = getattr(method, "back", None)
+    return method if back is None else back(interpolate, rated)
 
 
 def _moved(y: Leaves, slopes: list[list[Tensor]], weights: Weights, h: float) -> Leaves:

@@ -18,10 +18,12 @@ from cnf.error import IntegrationError
 from cnf.ode.control import Adaptive, on_grid
 from cnf.ode.event import locate
 from cnf.ode.field import Evaluation
-from cnf.ode.method import Step
+from cnf.ode.method import ExplicitRungeKutta, Step
 from cnf.ode.state import Leaves, bad_rows, is_finite, precise_dtype
+from cnf.ode.stiffness import damping, stiffness
 from cnf.ode.trajectory import (
     BEYOND,
+    HALF,
     Accepted,
     Counted,
     Problem,
@@ -107,6 +109,7 @@ class _RowMarch:
         self.alive = np.ones(batch, dtype=bool)
         self.refused = np.zeros(batch, dtype=np.int64)
         self.ratios = (np.ones(batch), np.ones(batch))
+        self.solved = True
         self.events = self._event_values(self.t, self.y) if problem.watch else None
         self._prepare_output(keep)
 
@@ -167,7 +170,11 @@ class _RowMarch:
             calls = self._count(calls, self.alive & (self.refused == 0))  # a refused row knew it
         adaptive = isinstance(control, Adaptive)
         step = problem.step(self.evaluate, t0, h0, self.y, self.first, adaptive)
-        calls = self._count(calls, self.alive)
+        calls = self._count(calls, self.alive, step.calls)
+        self.solved = step.solved
+        if not self.solved and not adaptive:
+            reason = "the step's equations have no solution"
+            raise self._failure(reason, self._numbers(bad_rows(step.y)))
         accept = self._judge(step, length, control) if adaptive else self.alive.copy()
         if self.watch and not is_finite(step.y):
             reason = "the state or the field turned non-finite"
@@ -189,6 +196,8 @@ class _RowMarch:
         good = control.accepts(ratio, length)
         accept, refuse = self.alive & good, self.alive & ~good
         factor = control.factor(ratio, self.problem.method.order, self.ratios)
+        if not step.solved:
+            factor = np.where(np.isnan(ratio), np.maximum(factor, HALF), factor)
         grown = control.after(self.size, length, factor, self.refused > 0)
         shrunk = control.within(length * factor)
         wanted = np.where(accept, grown, np.where(refuse, shrunk, self.size))
@@ -207,9 +216,13 @@ class _RowMarch:
             raise self._failure("the step vanished", self.rows[stuck])
         return accept
 
-    def _count(self, calls: int, needed: Array) -> int:
-        """Count the evaluations since so many calls, for the rows that would need them alone."""
-        self.counts[0, self.rows[needed]] += self.stats.calls - calls
+    def _count(self, calls: int, needed: Array, each: Array | None = None) -> int:
+        """Count the evaluations since so many calls, for the rows that would need them alone.
+
+        each: how many each row would need, where they need different numbers.
+        """
+        more = self.stats.calls - calls if each is None else each[needed]
+        self.counts[0, self.rows[needed]] += more
         return self.stats.calls
 
     def _grid(self, size: Array, below: Any = np.inf) -> Array:
@@ -396,6 +409,8 @@ class _RowMarch:
         return self.rows[np.asarray(places, dtype=np.int64)]
 
     def _failure(self, reason: str, rows: Array) -> IntegrationError:
+        if not self.solved:
+            reason += ": Newton's iteration did not converge"
         at = np.flatnonzero(np.isin(self.rows, rows))
         first = at[0] if len(at) else 0
         passed = np.arange(len(self.targets))[:, None] < self.next[self.alive]
@@ -403,7 +418,20 @@ class _RowMarch:
         count = 1 + int(outputs.min(initial=len(self.problem.times) - 1))
         states = [self._reached(i) for i in range(count)]
         t, size = float(self.t[first]), float(self.size[first])
-        return failure(reason, self.problem, t, size, self.stats, states, rows[:5].tolist())
+        stiff = self._stiffness(at)
+        return failure(reason, self.problem, t, size, self.stats, states, rows[:5].tolist(), stiff)
+
+    def _stiffness(self, at: Array) -> float | None:
+        """|h λ| of the rows at these places, if an explicit method finds a problem stiff there."""
+        method = self.problem.method
+        if not (
+            isinstance(self.problem.control, Adaptive) and isinstance(method, ExplicitRungeKutta)
+        ):
+            return None
+        t, h = on_device(self.t, self.y), on_device(self.direction * self.size, self.y)
+        found = damping(self.evaluate, t, h, self.y)
+        stiff = [stiffness([each], method.tableau) for each in found[at].tolist()]
+        return max((each for each in stiff if each is not None), default=None)
 
 
 def _targets(problem: Problem) -> tuple[Array, Array]:

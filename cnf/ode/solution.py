@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cnf.allocator import keep_freed_memory
 from cnf.error import InputError, IntegrationError
+from cnf.ode.choice import choose_method
 from cnf.ode.control import Adaptive, Control, FixedStep
 from cnf.ode.event import Event, Watch, as_events
 from cnf.ode.field import (
@@ -31,10 +32,12 @@ from cnf.ode.gradient.checkpoint import Checkpoint
 from cnf.ode.gradient.problem import Gradient, Solved, stacked
 from cnf.ode.gradient.reversible import Reversible
 from cnf.ode.integrate import Problem, Stats, integrate
-from cnf.ode.method import Method, choose_method
+from cnf.ode.method import Method, prepared
 from cnf.ode.moment import from_start
+from cnf.ode.oracle import Oracle
 from cnf.ode.outcome import Crossing, Dense, at_requested_times, events_met, read_at_times
 from cnf.ode.state import Leaves, Structure
+from cnf.ode.switching import Switching
 from cnf.ode.tableau import Tableau
 from cnf.ode.tangent import carries_tangent, is_mapped, is_transformed
 from cnf.ode.trajectory import Counted, on_device
@@ -110,7 +113,10 @@ def solve(
     times, in either direction; (times, batch) where rows have times of their own; the last may be
     infinite where a terminal event is to end the solve.
     method: "euler", "midpoint", "heun2", "heun3", "rk4", "rk4_38" (fixed steps only),
-    "adaptive_heun", "fehlberg2", "bosh3", "dopri5", "tsit5", "dopri8" (both) or a Tableau.
+    "adaptive_heun", "fehlberg2", "bosh3", "dopri5", "tsit5", "dopri8" (both) or a Tableau; for
+    stiff problems "kvaerno3", "kvaerno5" (both), "implicit_euler", "trapezoid" (fixed), and "auto",
+    dopri5 until it meets stiffness and kvaerno5 there; "leapfrog" for separable systems (q, p)
+    (fixed); "scipy:LSODA" and the like hand the problem to SciPy.
     rtol (1e-5), atol (1e-6): tolerances of adaptive steps; step_size: fixed steps with any method;
     control: FixedStep or Adaptive, instead of these three; Adaptive(per_sample=True) gives every
     row of the batch a time, step and error of its own.
@@ -148,6 +154,8 @@ def solve(
     inner, first = _first_look(inner, times, y, quadrature, how, steps.per_sample, stats)
     watch = Watch(events, state, inner.clock, steps.per_sample) if events else None
     _check_events(events, steps)
+    begins = on_device(times[0], y) if steps.per_sample else times[0]
+    chosen = prepared(chosen, steps, Counted(inner, stats), begins, y)
     problem = Problem(inner, times, chosen, steps, max_steps, real, watch, dense)
     clock = t if isinstance(t, Tensor) and _is_differentiated((t,)) else None
     start, begun = y, ()
@@ -160,6 +168,8 @@ def solve(
         raise
     if clock is not None:
         solved = solved.after(begun)
+    if isinstance(chosen, Switching):
+        stats.methods = chosen.changes()
     return _result(problem, solved, start, t, clock, stats)
 
 
@@ -177,6 +187,8 @@ def _solve(
     graph = torch.is_grad_enabled() or carries_tangent((*y, *field.tensors))
     needed = getattr(how, "changes_solution", False) or _is_differentiated((*y, *field.tensors))
     if needed or (isinstance(how, Backprop) and graph):
+        if isinstance(problem.method, Oracle) and not isinstance(how, Adjoint):
+            raise problem.method.refusal()
         return how.solve(problem, field, y, first, stats)
     with torch.no_grad():
         keep = problem.dense and problem.per_sample
@@ -464,7 +476,7 @@ def _choose_control(
     if isinstance(control, Adaptive) and not method.adaptive:
         raise InputError(
             f"method {method.name!r} does not estimate its error, so it cannot choose its steps: "
-            "give step_size=, or take dopri5, tsit5, bosh3 or dopri8"
+            "give step_size=, or take dopri5, tsit5, bosh3 or dopri8, or kvaerno5 if it is stiff"
         )
     return control
 

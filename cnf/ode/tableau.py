@@ -1,10 +1,12 @@
-"""Explicit Runge–Kutta methods as frozen data: coefficients, order, error weights.
+"""Runge–Kutta methods as frozen data: coefficients, order, error weights.
 
 Sources: Hairer, Nørsett & Wanner, Solving Ordinary Differential Equations I, chapter II, for euler,
 midpoint and rk4, for heun2 and heun3 (Heun 1900) and rk4_38 (Kutta 1901, the 3/8 rule);
 adaptive_heun: heun2 with Euler's method embedded; fehlberg2: Fehlberg 1969 (NASA TR R-315),
 RK1(2), continued with its second-order solution; bosh3: Bogacki & Shampine 1989; dopri5: Dormand &
-Prince 1980; tsit5: Tsitouras 2011; dopri8: Prince & Dormand 1981, RK8(7)13M.
+Prince 1980; tsit5: Tsitouras 2011; dopri8: Prince & Dormand 1981, RK8(7)13M; implicit_euler and
+trapezoid: Hairer & Wanner, Solving Ordinary Differential Equations II, section IV.3; kvaerno3 and
+kvaerno5: Kværnø 2004, the pairs 3/2 with γ³ − 3γ² + 3γ/2 = 1/6 and 5/4 with γ = 0.26.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ Weights = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True)
 class Tableau:
-    """An explicit Runge–Kutta method: y1 = y + h Σ b_i k_i, k_i = f(t + c_i h, y + h Σ_j a_ij k_j).
+    """A Runge–Kutta method: y1 = y + h Σ b_i k_i, k_i = f(t + c_i h, y + h Σ_j a_ij k_j).
 
     name: what errors and statistics call it; order: of y1; c: nodes, one for each stage;
-    a: rows of stage weights, row i holds a_i1 … a_i,i−1 (the first row is empty);
+    a: rows of stage weights, row i holds a_i1 … a_i,i−1 (the first row is empty); a diagonally
+    implicit method's rows after the first hold a_ii too, one γ for all, and the last row is b;
     b: weights of y1; error: weights of y1 minus the embedded solution, or None where there is none.
     dense: a row for each stage, b_i(θ) = Σ_k dense_ik θ^k with k = 1, 2, …: inside the step the
     solution is y + h Σ b_i(θ) k_i; one row more where the field at the step's end takes part; or
@@ -69,10 +72,16 @@ class Tableau:
         """Whether the method estimates its own error, so that steps can be chosen by it."""
         return self.error is not None
 
+    @property
+    def implicit(self) -> bool:
+        """Whether the stages after the first are the solutions of equations."""
+        return len(self.a[-1]) == self.stages
+
     @cached_property
     def fsal(self) -> bool:
         """Whether the last stage is f(t + h, y1), the next step's first ("first same as last")."""
-        return self.stages > 1 and self.c[-1] == 1.0 and (*self.a[-1], 0.0) == self.b
+        last = self.a[-1] if self.implicit else (*self.a[-1], 0.0)
+        return self.stages > 1 and self.c[-1] == 1.0 and last == self.b
 
     @cached_property
     def a_weights(self) -> tuple[Weights, ...]:
@@ -136,10 +145,11 @@ def _check(tableau: Tableau) -> None:
             f"{len(tableau.a)} rows; give one entry and one row for each stage"
         )
     for i, row in enumerate(tableau.a):
-        if len(row) != i:
+        if len(row) != i + (tableau.implicit and i > 0):
             raise InputError(
                 f"tableau {name!r}: row {i} of a has {len(row)} weights, expected {i}: "
-                "an explicit method's row i weighs the stages before i and no other"
+                "an explicit method's row i weighs the stages before i and no other, and a "
+                "diagonally implicit one's itself too, but for the first"
             )
         if not abs(fsum(row) - tableau.c[i]) <= 1e-10:
             raise InputError(
@@ -148,6 +158,8 @@ def _check(tableau: Tableau) -> None:
             )
     if not abs(fsum(tableau.b) - 1.0) <= 1e-10:
         raise InputError(f"tableau {name!r}: b sums to {fsum(tableau.b):.12g}, expected 1")
+    if tableau.implicit:
+        _check_implicit(tableau)
     error = tableau.error
     if error is not None and not (len(error) == stages and abs(fsum(error)) <= 1e-10):
         raise InputError(
@@ -161,6 +173,21 @@ def _check(tableau: Tableau) -> None:
         )
     if tableau.dense is not None:
         _check_dense(tableau)
+
+
+def _check_implicit(tableau: Tableau) -> None:
+    """One matrix serves all stages, and the last one is the step's end."""
+    diagonal = {row[-1] for row in tableau.a[1:]}
+    if len(diagonal) != 1 or 0.0 in diagonal:
+        raise InputError(
+            f"tableau {tableau.name!r}: the diagonal of a must be one number other than 0 from the "
+            f"second row on, got {sorted(diagonal)}"
+        )
+    if tableau.a[-1] != tableau.b:
+        raise InputError(
+            f"tableau {tableau.name!r}: an implicit method's last row of a must be b, so that its "
+            "last stage is the end of the step"
+        )
 
 
 def _check_dense(tableau: Tableau) -> None:
@@ -258,6 +285,27 @@ _DOPRI8_EMBEDDED = (
     53011238 / 667516719,
     2 / 45,
     0,
+)
+
+_GAMMA = 0.435866521508459
+_KVAERNO3 = (
+    ((-4 * _GAMMA + 6) * _GAMMA - 1) / (4 * _GAMMA),
+    (1 - 2 * _GAMMA) / (4 * _GAMMA),
+    _GAMMA,
+)
+_KVAERNO3_LAST = (
+    (6 * _GAMMA - 1) / (12 * _GAMMA),
+    -1 / ((24 * _GAMMA - 12) * _GAMMA),
+    ((-6 * _GAMMA + 6) * _GAMMA - 1) / (6 * _GAMMA - 3),
+    _GAMMA,
+)
+_KVAERNO5 = (
+    *(0.13855640231268224, 0, -0.04245337201752043, 0.02446657898003141),
+    *(0.61943039072480676, 0.26),
+)
+_KVAERNO5_LAST = (
+    *(0.13659751177640291, 0, -0.05496908796538376, -0.04118626728321046),
+    *(0.62993304899016403, 0.06962479448202728, 0.26),
 )
 
 TABLEAUS: dict[str, Tableau] = {
@@ -442,6 +490,36 @@ TABLEAUS: dict[str, Tableau] = {
             ),
             b=_DOPRI8,
             error=_difference(_DOPRI8, _DOPRI8_EMBEDDED),
+        ),
+        Tableau("implicit_euler", 1, c=(0, 1), a=((), (0, 1)), b=(0, 1)),
+        Tableau("trapezoid", 2, c=(0, 1), a=((), (1 / 2, 1 / 2)), b=(1 / 2, 1 / 2)),
+        Tableau(
+            "kvaerno3",
+            3,
+            c=(0, 2 * _GAMMA, 1, 1),
+            a=((), (_GAMMA, _GAMMA), _KVAERNO3, _KVAERNO3_LAST),
+            b=_KVAERNO3_LAST,
+            error=_difference(_KVAERNO3_LAST, (*_KVAERNO3, 0)),
+        ),
+        Tableau(
+            "kvaerno5",
+            5,
+            # the third stage lies beyond the end of the step
+            c=(0, 0.52, 1.2303332099679081, 0.8957659843500759, 0.43639360985864756, 1, 1),
+            a=(
+                (),
+                (0.26, 0.26),
+                (0.13, 0.84033320996790809, 0.26),
+                (0.22371961478320505, 0.47675532319799699, -0.06470895363112615, 0.26),
+                (
+                    *(0.16648564323248321, 0.10450018841591720, 0.03631482272098715),
+                    *(-0.13090704451073998, 0.26),
+                ),
+                _KVAERNO5,
+                _KVAERNO5_LAST,
+            ),
+            b=_KVAERNO5_LAST,
+            error=_difference(_KVAERNO5_LAST, (*_KVAERNO5, 0)),
         ),
     )
 }

@@ -21,6 +21,7 @@ from cnf.ode.state import Leaves, as_matrix
 from cnf.ode.tangent import is_transformed
 
 Count = Any  # an int, or an int64 tensor of shape (batch,) where every row has its own steps
+HALF = 0.5  # of a step whose equations were not solved is tried next: its error says nothing
 Times = Any  # a tuple of floats, or a float64 array of shape (times, batch)
 
 
@@ -31,6 +32,9 @@ class Stats:
     Where every row has its own steps the forward counts are int64 tensors of shape (batch,), on the
     host: what each row would need alone.  calls: how often the field was called forward, whatever
     the number of rows; nfe_backward: the same of backward, which grows when `backward()` runs.
+    jacobians: how often the field's Jacobian was taken, for implicit methods, forward and backward:
+    each time by one more call, which the other counts leave out.
+    methods: (t, name) wherever a method that is several changed to another.
     """
 
     nfe: Count = 0
@@ -38,6 +42,8 @@ class Stats:
     accepted: Count = 0
     rejected: Count = 0
     calls: int = 0
+    jacobians: int = 0
+    methods: list[tuple[float, str]] = field(default_factory=list)
 
     @property
     def attempts(self) -> int:
@@ -149,19 +155,37 @@ class Problem:
 
     def _inside(self, field: Evaluate, t: Any, h: Any) -> Evaluate:
         """The field on a step that may begin or end at a jump: seen from inside the step."""
-        return lambda moment, y: field(self.beside(moment, t + h / 2), y)
+        return _Inside(field, lambda moment: self.beside(moment, t + h / 2, beyond=True))
 
-    def beside(self, t: Any, side: Any) -> Any:
-        """t, but next to it on the side of the time `side` where t is a jump."""
-        if isinstance(t, Tensor):
-            nudged = torch.nextafter(t.to(self.clock), side.to(self.clock))
-            for jump in self.control.jumps:
-                t = torch.where(t == jump, nudged.to(t.dtype), t)
-            return t
-        if t in self.control.jumps:
-            at = torch.tensor([t, side], dtype=self.clock)
-            return torch.nextafter(at[0], at[1]).item()
+    def beside(self, t: Any, side: Any, beyond: bool = False) -> Any:
+        """t, but next to a jump on the side of the time `side` where t is one.
+
+        beyond: where a jump lies between too, as for a stage after the end of its step.
+        """
+        for jump in self.control.jumps:
+            there = (t - jump) * (jump - side) >= 0 if beyond else t == jump
+            if isinstance(t, Tensor):
+                nudged = torch.nextafter(
+                    torch.full_like(t, jump).to(self.clock), side.to(self.clock)
+                )
+                t = torch.where(there, nudged.to(t.dtype), t)
+            elif there:
+                at = torch.tensor([jump, side], dtype=self.clock)
+                t = torch.nextafter(at[0], at[1]).item()
         return t
+
+
+class _Inside:
+    """A field that is asked at another time than the one given."""
+
+    def __init__(self, field: Any, moved: Callable[[Any], Any]) -> None:
+        self._field, self._moved = field, moved
+
+    def __call__(self, t: Any, y: Leaves) -> Evaluation:
+        return self._field(self._moved(t), y)
+
+    def jacobian(self, t: Any, y: Leaves) -> Tensor:
+        return self._field.jacobian(self._moved(t), y)
 
 
 class Accepted(NamedTuple):
@@ -218,12 +242,16 @@ class Trajectory:
 class Counted:
     """A field that counts its calls."""
 
-    def __init__(self, field: Evaluate, stats: Stats) -> None:
+    def __init__(self, field: Any, stats: Stats) -> None:
         self._field, self._stats = field, stats
 
     def __call__(self, t: Any, y: Leaves) -> Evaluation:
         self._stats.calls += 1
         return self._field(t, y)
+
+    def jacobian(self, t: Any, y: Leaves) -> Tensor:
+        self._stats.jacobians += 1
+        return self._field.jacobian(t, y)
 
 
 def error_ratio(step: Step, y: Leaves, control: Adaptive, measure: Measure | None = None) -> Any:
@@ -370,16 +398,25 @@ def failure(
     stats: Stats,
     reached: Sequence[Leaves],
     rows: Sequence[int] = (),
+    stiff: float | None = None,
 ) -> IntegrationError:
-    """The error that says where the solution ended, and what to try."""
+    """The error that says where the solution ended, and what to try.
+
+    stiff: |h λ| where the problem was found to be stiff there.
+    """
     where = f" (rows {', '.join(map(str, rows))})" if len(rows) else ""
-    if isinstance(problem.control, FixedStep):
+    fixed = isinstance(problem.control, FixedStep)
+    if stiff is not None:
+        cause, remedy = f"the problem is stiff there (h·ρ ≈ {stiff:.2g})", "method='kvaerno5'"
+    elif fixed:
+        cause = "the solution may blow up or be stiff there"
         remedy = "a smaller step_size, bounded weights in the field, or inputs of unit scale"
     else:
+        cause = "the solution may blow up there"
         remedy = "a larger atol and rtol, a smoother field, inputs of unit scale, or more max_steps"
     return IntegrationError(
         f"{reason}{where} at t={t:.6g} with step {abs(step):.2g} of {problem.method.name}, after "
-        f"{stats.calls} evaluations; the solution may blow up or be stiff there: try {remedy}",
+        f"{stats.calls} evaluations; {cause}: try {remedy}",
         t=t,
         step=abs(step),
         nfe=stats.calls,

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnf.error import IntegrationError
+from cnf.ode.choice import choose_method
 from cnf.ode.control import Adaptive, FixedStep
 from cnf.ode.field import Evaluation
 from cnf.ode.integrate import Problem, Stats, integrate
-from cnf.ode.method import choose_method
 
 CONTROLS = {"fixed": FixedStep(0.07), "adaptive": Adaptive(1e-6, 1e-8)}
 ALL = pytest.mark.parametrize("control", CONTROLS.values(), ids=CONTROLS)

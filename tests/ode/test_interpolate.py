@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from cnf.compat.pair import DOPRI8
+from cnf.ode.choice import choose_method
 from cnf.ode.control import Adaptive
 from cnf.ode.field import Evaluation
 from cnf.ode.interpolate import hermite, interpolant, interpolation_order
-from cnf.ode.method import choose_method
 from cnf.ode.solution import solve
 from cnf.ode.tableau import TABLEAUS
 

@@ -26,8 +26,17 @@ EACH_GRADIENT = pytest.mark.parametrize(  # reversible steps are shared, and not
     "gradient", [name for name in GRADIENTS if name != "reversible"]
 )
 LOOSE = Adaptive(1e-3, 1e-4, per_sample=True)
+SHORT = FixedStep(0.03, per_sample=True)  # where an implicit step's equations have a solution
+
+
+def control_for(tableau, kind, control):
+    if kind == "fixed":
+        return SHORT if tableau.implicit else control
+    return LOOSE if tableau.order < 3 else control
+
+
 METHODS = {
-    f"{name} {kind}": (name, LOOSE if kind == "adaptive" and tableau.order < 3 else control)
+    f"{name} {kind}": (name, control_for(tableau, kind, control))
     for name, tableau in TABLEAUS.items()
     for kind, control in CONTROLS.items()
     if tableau.adaptive or kind == "fixed"
@@ -73,6 +82,10 @@ def test_a_row_takes_the_same_steps_to_the_same_state_in_any_batch(method, contr
     settings = dict(t=t, row_wise=row_wise, method=method, control=control)
     order = [3, 0, 4, 1, 2]
     whole, mixed = swung(range(5), **settings), swung(order, **settings)
+    if TABLEAUS[method].implicit and not row_wise:
+        # then the equations of all rows are one system, solved to the tolerance of all
+        assert torch.allclose(whole.y[:, order], mixed.y, rtol=1e-4, atol=1e-4)
+        return
     for place, row in enumerate(order):
         alone = swung([row], **settings)
         assert torch.equal(alone.y[:, 0], whole.y[:, row])

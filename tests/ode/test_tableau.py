@@ -12,6 +12,7 @@ from scipy.integrate import RK23, RK45
 from cnf.error import InputError
 from cnf.ode.tableau import TABLEAUS, Tableau
 
+IMPLICIT = ["implicit_euler", "trapezoid", "kvaerno3", "kvaerno5"]
 ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.adaptive]
 Tree = tuple["Tree", ...]  # a rooted tree is the tuple of its branches
 
@@ -87,7 +88,7 @@ def test_a_tableau_is_known_by_its_own_name_and_holds_floats(name, tableau):
 
 def test_first_same_as_last_is_derived_and_never_assumed():
     fsal = {name for name, tableau in TABLEAUS.items() if tableau.fsal}
-    assert fsal == {"bosh3", "dopri5", "tsit5"}
+    assert fsal == {"bosh3", "dopri5", "tsit5", *IMPLICIT}
     nearly = TABLEAUS["bosh3"]
     other = Tableau("other", 1, nearly.c, (*nearly.a[:-1], (0.0, 0.0, 1.0)), nearly.b, nearly.error)
     assert not other.fsal
@@ -95,11 +96,28 @@ def test_first_same_as_last_is_derived_and_never_assumed():
 
 USED = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4, "rk4_38": 4}
 USED |= {"adaptive_heun": 2, "fehlberg2": 3, "bosh3": 3, "dopri5": 6, "tsit5": 6, "dopri8": 13}
+USED |= {"implicit_euler": 2, "trapezoid": 2, "kvaerno3": 4, "kvaerno5": 7}
 
 
 @pytest.mark.parametrize(("name", "stages"), USED.items())
 def test_a_fixed_step_evaluates_the_stages_that_the_solution_uses(name, stages):
     assert TABLEAUS[name].used_stages == stages
+
+
+def test_an_implicit_method_is_told_by_its_diagonal():
+    assert [name for name, tableau in TABLEAUS.items() if tableau.implicit] == IMPLICIT
+    mine = Tableau("mine", 2, c=(0, 1), a=((), (0.5, 0.5)), b=(0.5, 0.5))
+    assert mine.implicit and not mine.adaptive
+
+
+@pytest.mark.parametrize("name", ["implicit_euler", "kvaerno3", "kvaerno5"])
+def test_a_stiff_part_is_damped_wholly(name):
+    """R(∞) = 0: what is infinitely stiff is gone after one step."""
+    tableau = TABLEAUS[name]
+    s, z = tableau.stages, -1e9
+    a = np.array([[*row, *[0.0] * (s - len(row))] for row in tableau.a])
+    growth = 1 + z * np.array(tableau.b) @ np.linalg.solve(np.eye(s) - z * a, np.ones(s))
+    assert abs(growth) < 1e-6
 
 
 def test_a_tableau_given_as_lists_or_arrays_equals_one_given_as_tuples():
@@ -113,7 +131,17 @@ BROKEN = {
     "order 0": (dict(order=0), "order"),
     "a row too few": (dict(a=((),)), "rows"),
     "a node too many": (dict(c=(0, 1, 1)), "c has 3"),
-    "an implicit row": (dict(a=((), (0.5, 0.5))), "explicit"),
+    "a first stage that is implicit": (dict(a=((0,), (0.5, 0.5))), "row 0 of a has 1 weights"),
+    "an end that is no stage": (dict(a=((), (0.4, 0.6))), "last row of a must be b"),
+    "a diagonal of 0": (dict(a=((), (1, 0))), "diagonal of a must be one number other than 0"),
+    "two numbers on the diagonal": (
+        dict(c=(0, 1, 1), a=((), (0.5, 0.5), (0, 0, 1)), b=(0, 0, 1), error=None),
+        "diagonal of a must be one number",
+    ),
+    "a row that is implicit among explicit ones": (
+        dict(c=(0, 1, 1), a=((), (0.5, 0.5), (0, 1)), b=(0, 1, 0), error=None),
+        "row 1 of a has 2 weights",
+    ),
     "a first stage off the start": (dict(c=(0.5, 1)), "row 0"),
     "a row that misses its node": (dict(a=((), (0.9,))), "sums to 0.9"),
     "weights that miss 1": (dict(b=(0.5, 0.4)), "b sums to 0.9"),

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from cnf.error import IntegrationError
+from cnf.ode.choice import choose_method
 from cnf.ode.control import Adaptive, FixedStep
 from cnf.ode.field import Evaluation
 from cnf.ode.integrate import Problem, Stats, integrate
-from cnf.ode.method import choose_method, take_step
+from cnf.ode.method import take_step
 from cnf.ode.tableau import TABLEAUS
 
 EVERY_METHOD = pytest.mark.parametrize("name", TABLEAUS)

@@ -27,6 +27,7 @@ from cnf.ode.gradient.problem import (
 from cnf.ode.gradient.row_adjoint import back_through_rows
 from cnf.ode.integrate import Accepted, Problem, Stats, integrate
 from cnf.ode.interpolate import Polynomial
+from cnf.ode.method import adjoint_method
 from cnf.ode.state import Leaves, across, rms
 from cnf.ode.tangent import are_batched
 from cnf.ode.trajectory import Path
@@ -56,6 +57,9 @@ class Adjoint:
                 "where every row has its own steps the adjoint goes with neither interpolate=True "
                 "nor dense=True; use gradient='checkpoint'"
             )
+        adjoint_method(
+            problem.method, self.interpolate, bool(first.rates)
+        )  # now, not when the gradient is asked for
         return solved_by(_Adjoint, self, problem, field, y, first, stats)
 
 

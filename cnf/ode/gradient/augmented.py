@@ -15,6 +15,7 @@ from cnf.ode.control import Adaptive
 from cnf.ode.field import Evaluation, alias
 from cnf.ode.gradient.problem import vjp
 from cnf.ode.integrate import Problem, Stats
+from cnf.ode.method import adjoint_method
 from cnf.ode.state import Leaves, across, largest
 
 
@@ -77,6 +78,12 @@ class Augmented:
         slope = () if self.known else value.slope if again else map(Tensor.detach, value.slope)
         return Evaluation((*slope, *pulled[: len(y)]), pulled[len(y) :])
 
+    def jacobian(self, t: Any, _: Leaves) -> Tensor:
+        """−(∂f/∂y)ᵀ, whatever the adjoint is; for a state that is read off."""
+        assert self.known is not None  # the implicit methods ask for it
+        self.stats.jacobians += 1
+        return -self.field.jacobian(t, self.known(t)).mT
+
     def value(self, t: Any, y: Leaves) -> Evaluation:
         """The forward field with its graph."""
         self.stats.nfe_backward += 1
@@ -94,7 +101,16 @@ def way_back(problem: Problem, augmented: Augmented, span: Any) -> Problem:
     control = problem.control
     if isinstance(control, Adaptive):  # what is integrated is the parameters' gradient here
         control = replace(control, quadrature_atol=None)
-    return replace(problem, field=augmented, times=span, control=control, watch=None, dense=False)
+    method = adjoint_method(problem.method, augmented.known is not None, bool(augmented.rates_bar))
+    return replace(
+        problem,
+        field=augmented,
+        times=span,
+        method=method,
+        control=control,
+        watch=None,
+        dense=False,
+    )
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from cnf.ode.field import Evaluation, Field
 from cnf.ode.gradient.problem import Solved, stack, stacked
 from cnf.ode.integrate import Problem, Stats, integrate
+from cnf.ode.method import twice_differentiable
 from cnf.ode.state import Leaves, precise_dtype
 from cnf.ode.trajectory import Path
 
@@ -28,6 +29,7 @@ class Backprop:
         self, problem: Problem, field: Field, y: Leaves, first: Evaluation, stats: Stats
     ) -> Solved:
         if not problem.per_sample:
+            problem = replace(problem, method=twice_differentiable(problem.method))
             # without `first`: the field at the start is needed once more, with its graph
             return stacked(integrate(problem, y, stats), problem)
         path = integrate(problem, y, stats, first=first, keep=True).path
@@ -39,6 +41,7 @@ def replay(problem: Problem, field: Any, y: Leaves, rates: Leaves, path: Path) -
 
     rates: the field's at the start, whose shapes the integrals take.
     """
+    problem = replace(problem, method=twice_differentiable(problem.method))
     integral = tuple(torch.zeros_like(rate, dtype=precise_dtype(rate)) for rate in rates)
     if problem.per_sample:
         return _replay_rows(problem, field, y, integral, path)

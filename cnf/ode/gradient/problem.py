@@ -90,6 +90,10 @@ class Repeated:
         with self._field.precision:
             return self._field(t, y)
 
+    def jacobian(self, t: Any, y: Leaves) -> Tensor:
+        self._stats.jacobians += 1
+        return self._field.jacobian(t, y)
+
     def take(self, rows: Tensor) -> Repeated:
         """The same for some rows of the batch."""
         return Repeated(self._field.take(rows), self._stats)

@@ -15,9 +15,12 @@ from cnf.ode.control import Adaptive
 from cnf.ode.field import Evaluation, Field
 from cnf.ode.gradient.higher import only_once
 from cnf.ode.gradient.problem import Job, Repeated, Solved, add_gradients, solved_by, stacked, vjp
+from cnf.ode.implicit import DiagonallyImplicit
 from cnf.ode.integrate import Accepted, Problem, Stats, integrate
 from cnf.ode.method import Evaluate, Method, Step
+from cnf.ode.oracle import Oracle
 from cnf.ode.state import Leaves
+from cnf.ode.switching import Switching
 
 Bars = Sequence[Tensor]
 # of the state's size, between the two that should agree; of adaptive steps in rtol as well
@@ -56,6 +59,11 @@ class Reversible:
             raise InputError(
                 "gradient='reversible' undoes steps that all rows share, between output times: it "
                 "goes with neither per_sample=True nor dense=True nor event=; use 'checkpoint'"
+            )
+        if isinstance(problem.method, DiagonallyImplicit | Switching | Oracle):
+            raise InputError(
+                f"gradient='reversible' undoes explicit steps, and those of {problem.method.name} "
+                "are none; use 'checkpoint'"
             )
         return solved_by(_Undone, self, problem, field, y, first, stats)
 

@@ -46,9 +46,9 @@ def gradients(gradient, t=(0.0, 0.4, 1.0), **settings):
     return sol, grad(loss, tensors)
 
 
-def assert_equal_gradients(got, wanted):
+def assert_equal_gradients(got, wanted, near=1e-12):
     for a, b in zip(got, wanted, strict=True):
-        assert torch.allclose(a, b, rtol=1e-12, atol=1e-13)
+        assert torch.allclose(a, b, rtol=near, atol=near / 10)
 
 
 @EACH_KEEPING
@@ -58,11 +58,18 @@ def test_what_is_kept_does_not_change_the_gradient(gradient, method):
     controls = [FixedStep(0.13)]
     if TABLEAUS[method].adaptive:
         controls.append(Adaptive(1e-3, 1e-4))
+    implicit = TABLEAUS[method].implicit
+    if implicit and gradient.keep == "stages":
+        with pytest.raises(InputError, match=r"needs an explicit"):
+            gradients(gradient, method=method, control=controls[0])
+        return
     for control in controls:
         plain, wanted = gradients("backprop", t, method=method, control=control)
         sol, got = gradients(gradient, t, method=method, control=control)
         assert torch.equal(sol.y[0], plain.y[0]) and torch.equal(sol.y[1], plain.y[1])
-        assert_equal_gradients(got, wanted)
+        # adaptive implicit steps are repeated to what Newton's iteration may leave over
+        near = 1e-3 if implicit and isinstance(control, Adaptive) else 1e-12
+        assert_equal_gradients(got, wanted, near)
 
 
 @EACH_KEEPING

@@ -27,6 +27,7 @@ STEPS = {
     "fixed": dict(method="rk4", step_size=0.13),
     "adaptive": dict(method="tsit5", rtol=1e-5, atol=1e-7),
     "midpoint": dict(method="midpoint", step_size=0.2),
+    "implicit": dict(method="kvaerno3", step_size=0.2),
 }
 EACH_STEPS = pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
 
