@@ -1,7 +1,8 @@
 """A field in, the same field with its divergence out.
 
-A field that knows its divergence offers `prepare()` and `with_divergence(t, x, *prepared)`; one
-that can carry tangents offers `tangent(t, x, tangents)`; any other is differentiated by torch.func.
+A field that knows its divergence offers `prepare()` and `with_divergence(t, x, *prepared)`, and
+perhaps `pull_divergence`, which pulls cotangents back without a graph; one that can carry tangents
+offers `tangent(t, x, tangents)`; any other is differentiated by torch.func.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ class ClosedForm:
                 f"the field {_name(field)} offers no closed form of its divergence: give it "
                 "prepare() and with_divergence(t, x, *prepared), or use divergence=Tangents()"
             )
-        return WithDivergence(_Attached(field, field.with_divergence), params=field.prepare())
+        pull = getattr(field, "pull_divergence", None)
+        attached = _Attached(field, field.with_divergence, pull)
+        return WithDivergence(attached, params=field.prepare())
 
 
 @dataclass(frozen=True)
@@ -174,9 +177,15 @@ def _load_forward_mode() -> None:
 class _Attached:
     """A field with its divergence that still owns the field's parameters."""
 
-    def __init__(self, field: Any, call: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self,
+        field: Any,
+        call: Callable[..., tuple[Tensor, Tensor]],
+        pull: Callable[..., Any] | None = None,
+    ) -> None:
         self._field, self._call = field, call
         self.row_wise = is_row_wise(field)
+        self.pull = pull  # of cotangents, by the field's own formula; see cnf.ode.field.Pulls
 
     def __call__(self, t: Tensor, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         return self._call(t, x, *tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -35,9 +36,14 @@ def _sin_pull(a: Tensor, h: Tensor, s: Tensor, p: Tensor, q: Tensor) -> Tensor:
     return p.mul_(s).addcmul_(q, h, value=-1)
 
 
+@cache
+def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones((), dtype=dtype, device=device)
+
+
 def _tanh_slope(a: Tensor) -> tuple[Tensor, Tensor]:
     h = a.tanh_() if _in_place(a) else torch.tanh(a)
-    return h, torch.addcmul(h.new_ones(()), h, h, value=-1)
+    return h, torch.addcmul(_one(h.dtype, h.device), h, h, value=-1)
 
 
 def _tanh_pull(a: Tensor, h: Tensor, s: Tensor, p: Tensor, q: Tensor) -> Tensor:

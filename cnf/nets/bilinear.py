@@ -32,7 +32,8 @@ class Layers(NamedTuple):
     def parts_of_time(self) -> tuple[Tensor, ...]:
         """(b₁, b₂, g₁, g₂, b₃)"""
         first, second = self.w1.shape[0], self.w3.shape[1]
-        return self.at_time.split([first, second, first, second, self.w3.shape[0]])
+        sizes = [first, second, first, second, self.w3.shape[0]]
+        return torch.split_with_sizes(self.at_time, sizes)
 
 
 Names = tuple[str, str]  # of φ₁ and φ₂
@@ -46,15 +47,34 @@ def value_and_trace(x: Tensor, layers: Layers, names: Names) -> tuple[Tensor, Te
     return value, trace
 
 
+def pull(
+    x: Tensor, layers: Layers, names: Names, value_bar: Tensor, trace_bar: Tensor
+) -> tuple[Tensor, Layers]:
+    """Cotangents of x and of every layer, without a graph and without the value itself."""
+    hidden = _hidden(x, layers, layers.parts_of_time(), names)
+    x_bar, *bars = _backward(x, layers, hidden, names, value_bar, trace_bar)
+    return x_bar, Layers(*bars)
+
+
 def _forward(x: Tensor, layers: Layers, names: Names) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    b1, b2, g1, g2, b3 = layers.parts_of_time()
+    at_time = layers.parts_of_time()
+    hidden = _hidden(x, layers, at_time, names)
+    (*_, h2, s2, mixed), (*_, g2, b3) = hidden, at_time
+    value = torch.addmm(b3, h2, (layers.w3 * g2).T)
+    return value, (s2 * mixed).sum(-1), hidden
+
+
+def _hidden(
+    x: Tensor, layers: Layers, at_time: tuple[Tensor, ...], names: Names
+) -> tuple[Tensor, ...]:
+    """(a₁, h₁, s₁, a₂, h₂, s₂, M s₁), the gates left out of h and s."""
+    b1, b2, g1, g2, _ = at_time
     a1 = torch.addmm(b1, x, layers.w1.T)
     h1, s1 = ACTIVATIONS[names[0]].slope(a1)  # often in the place of a₁: large, and done with
     a2 = torch.addmm(b2, h1, (layers.w2 * g1).T)
     h2, s2 = ACTIVATIONS[names[1]].slope(a2)
     mixed = s1 @ (layers.m * g1 * g2.unsqueeze(-1)).T
-    value = torch.addmm(b3, h2, (layers.w3 * g2).T)
-    return value, (s2 * mixed).sum(-1), (a1, h1, s1, a2, h2, s2, mixed)
+    return a1, h1, s1, a2, h2, s2, mixed
 
 
 class _ValueAndTrace(torch.autograd.Function):
@@ -85,17 +105,18 @@ class _ValueAndTrace(torch.autograd.Function):
                 )
             )
             return None, *(next(found) if x.requires_grad else None for x in inputs)
-        return None, *_backward(inputs[0], Layers(*inputs[1:]), hidden, ctx, value_bar, trace_bar)
+        layers = Layers(*inputs[1:])
+        return None, *_backward(inputs[0], layers, hidden, ctx.names, value_bar, trace_bar)
 
 
 def _backward(
     x: Tensor,
     layers: Layers,
     hidden: tuple[Tensor, ...],
-    ctx: Any,
+    names: Names,
     value_bar: Tensor,
     trace_bar: Tensor,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, ...]:
     """Cotangents of x and of every layer.
 
     Those of the matrices are found with the gates in them first: a gate's own is the sum over its
@@ -103,7 +124,7 @@ def _backward(
     """
     a1, h1, s1, a2, h2, s2, mixed = hidden
     _, _, g1, g2, _ = layers.parts_of_time()
-    first, second = (ACTIVATIONS[name] for name in ctx.names)
+    first, second = (ACTIVATIONS[name] for name in names)
     trace_bar, outer = trace_bar.unsqueeze(-1), g2.unsqueeze(-1)
     w3_in = value_bar.T @ h2
 
@@ -114,8 +135,7 @@ def _backward(
     m_in, w2_in = mixed_bar.T @ s1, a2_in.T @ h1
 
     a1_in = first.pull(a1, h1, s1, a2_in @ (layers.w2 * g1), mixed_bar @ (m_half * outer))
-    w1_bar = a1_in.T @ x
-    x_bar = a1_in @ layers.w1 if ctx.needs_input_grad[1] else None
+    x_bar, w1_bar = a1_in @ layers.w1, a1_in.T @ x
 
     m_outer = m_in * outer
     g1_bar = torch.addcmul(w2_in * layers.w2, m_outer, layers.m).sum(0)

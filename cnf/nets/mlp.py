@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cnf.nets.activation import ACTIVATIONS
-from cnf.nets.bilinear import Layers, value_and_trace
+from cnf.nets.bilinear import Layers, pull, value_and_trace
 
 
 class MLP(nn.Module):
@@ -112,9 +112,7 @@ class BilinearMLP(MLP):
     def with_divergence(self, t: Tensor, x: Tensor, mixing: Tensor) -> tuple[Tensor, Tensor]:
         """(f, tr ∂f/∂x) of shapes (batch, dim) and (batch,); mixing: what `prepare` returned."""
         if len(self.weights) == 2 and t.ndim == 0:
-            first, second = self.weights
-            layers = Layers(first, second, self.out, mixing, self.time.vector(t))
-            return value_and_trace(x, layers, (self.activations[0], self.activations[1]))
+            return value_and_trace(x, *self._layers(t, mixing))
         shifts, gates, drift = self.time(t)
         h, slope = ACTIVATIONS[self.activations[0]].slope(_affine(x, self.weights[0], shifts[0]))
         h, slope = h * gates[0], slope * gates[0]
@@ -124,6 +122,34 @@ class BilinearMLP(MLP):
         divergence = (slope @ mixing.T * (outer * gates[1])).sum(-1)
         return _affine(h * gates[1], self.out, drift), divergence
 
+    def pull_divergence(
+        self, t: Tensor, x: Tensor, mixing: Tensor, value_bar: Tensor, trace_bar: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...], dict[Tensor, Tensor]] | None:
+        """What `with_divergence` pulls cotangents back to: those of x, of what `prepare` returned,
+        and of the parameters.  By its own formula, without a graph; None where it has none.
+        """
+        if len(self.weights) != 2 or t.ndim != 0:
+            return None
+        x_bar, bars = pull(x, *self._layers(t, mixing), value_bar, trace_bar)
+        first, second = self.weights
+        return (
+            x_bar,
+            (bars.m,),
+            {
+                first: bars.w1,
+                second: bars.w2,
+                self.out: bars.w3,
+                self.time.weight: torch.outer(bars.at_time, self.time.features(t)),
+                self.time.bias: bars.at_time,
+            },
+        )
+
+    def _layers(self, t: Tensor, mixing: Tensor) -> tuple[Layers, tuple[str, str]]:
+        """The tensors of the closed form at one time, and the names of its activations."""
+        first, second = self.weights
+        layers = Layers(first, second, self.out, mixing, self.time.vector(t))
+        return layers, (self.activations[0], self.activations[1])
+
 
 class _TimeLayer(nn.Module):
     """Shifts and gates of every hidden layer and the output's shift, linear in features of t."""
@@ -132,9 +158,17 @@ class _TimeLayer(nn.Module):
         super().__init__()
         self.sizes = [*hidden, *hidden, dim]
         self.hidden_layers = len(hidden)
-        angles = math.pi * torch.arange(1, frequencies + 1, dtype=torch.get_default_dtype())
-        self.register_buffer("angles", angles, persistent=False)
-        self.angles: Tensor
+        # features t − ½, cos πkt and sin πkt: cosines of frequency · t + phase, but the first
+        waves = math.pi * torch.arange(1, frequencies + 1, dtype=torch.get_default_dtype())
+        zeros = torch.zeros_like(waves)
+        frequency = torch.cat([torch.ones(1), waves, waves])
+        phase = torch.cat([torch.full((1,), -0.5), zeros, zeros - math.pi / 2])
+        self.register_buffer("frequency", frequency, persistent=False)
+        self.register_buffer("phase", phase, persistent=False)
+        self.register_buffer("is_linear", torch.arange(len(phase)) == 0, persistent=False)
+        self.frequency: Tensor
+        self.phase: Tensor
+        self.is_linear: Tensor
         self.weight = nn.Parameter(torch.zeros(sum(self.sizes), 2 * frequencies + 1))
         self.bias = nn.Parameter(torch.zeros(sum(self.sizes)))
         with torch.no_grad():
@@ -152,9 +186,12 @@ class _TimeLayer(nn.Module):
 
     def vector(self, t: Tensor) -> Tensor:
         """All shifts, all gates and the output's shift one after the other, (*t.shape, …)."""
-        angles = t.unsqueeze(-1) * self.angles
-        features = torch.cat([t.unsqueeze(-1) - 0.5, angles.cos(), angles.sin()], -1)
-        return nn.functional.linear(features, self.weight, self.bias)
+        return nn.functional.linear(self.features(t), self.weight, self.bias)
+
+    def features(self, t: Tensor) -> Tensor:
+        """Fourier features of t, and t itself about the middle, (*t.shape, …)."""
+        angle = torch.addcmul(self.phase, t.unsqueeze(-1), self.frequency)
+        return torch.where(self.is_linear, angle, angle.cos())
 
 
 def _affine(x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FunctionType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,20 @@ class Evaluation(NamedTuple):
 
     slope: Leaves
     rates: Leaves
+
+
+class Pulls(Protocol):
+    """The attribute `pull` of a field that knows its own vector-Jacobian product."""
+
+    def __call__(
+        self, t: Tensor, y: Any, *tensors: Any
+    ) -> tuple[Any, Sequence[Tensor | None], Mapping[Tensor, Tensor]] | None:
+        """(cotangents of y, of what it is called with, of what it captures by the tensor itself).
+
+        tensors: what the field is called with, then the cotangent of dy/dt, and of the rates if it
+        has any.  Without a graph; None where the formula does not apply.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -101,6 +115,35 @@ class Field:
         with _Substitute(self.substitutes) as mode:
             value = self.call(time, self.state.build(y), *self.passed)
         return mode.swap(value)  # a captured tensor may be returned as it is
+
+    def pull(
+        self, t: Any, y: Leaves, slope_bar: Sequence[Tensor], rates_bar: Sequence[Tensor]
+    ) -> tuple[Leaves, list[Tensor | None]] | None:
+        """Cotangents of y and of the named tensors by the field's own formula, see `Pulls`.
+
+        None where it has none, or none for all that is asked for.
+        """
+        formula: Pulls | None = getattr(self.call, "pull", None)
+        if formula is None or self.substitutes or self._is_autocast():
+            return None
+        bars = (self.state.build(slope_bar), *self._built_rates(rates_bar))
+        found = formula(self.clock(t), self.state.build(y), *self.passed, *bars)
+        if found is None:
+            return None
+        y_bar, passed_bars, captured_bars = found
+        if any(x.requires_grad and x not in captured_bars for x in self.captured):
+            return None
+        bars_of_captured = (captured_bars.get(x) for x in self.captured)
+        pairs = zip(self.tensors, (*passed_bars, *bars_of_captured), strict=True)
+        return self.state.leaves(y_bar), [bar if x.requires_grad else None for x, bar in pairs]
+
+    def _is_autocast(self) -> bool:
+        """Whether evaluations were, or would now be, in another precision than their arguments'."""
+        enabled = getattr(self.precision, "_enabled", False)
+        return enabled or torch.is_autocast_enabled(self.device.type)
+
+    def _built_rates(self, leaves: Sequence[Tensor]) -> tuple[Any, ...]:
+        return () if self.rates is None else (self.rates.build(leaves),)
 
     def bind(self, tensors: Sequence[Tensor]) -> Field:
         """The same field, reading `tensors` in the place of its own."""

@@ -313,3 +313,27 @@ def test_settings_are_values():
     assert hash(Tangents()) == hash(Tangents())
     with pytest.raises(dataclasses.FrozenInstanceError):
         Hutchinson().probes = 5
+
+
+@pytest.mark.parametrize("hidden", [(6,), (6, 5)])
+def test_the_closed_form_pulls_cotangents_as_autograd_does(hidden):
+    torch.manual_seed(1)
+    field = BilinearMLP(3, hidden, activation="softplus").double()
+    with torch.no_grad():
+        for parameter in field.parameters():
+            parameter.normal_()
+    x, value_bar, trace_bar = (torch.randn(*shape, dtype=F64) for shape in ((4, 3), (4, 3), (4,)))
+    t, x = torch.tensor(0.3, dtype=F64), x.requires_grad_()
+    mixing = tuple(m.detach().requires_grad_() for m in field.prepare())
+    found = field.pull_divergence(t, x, *mixing, value_bar, trace_bar)
+    if len(hidden) == 1:
+        assert found is None
+        return
+    x_bar, mixing_bars, bars = found
+    parameters = list(field.parameters())
+    expected = torch.autograd.grad(
+        field.with_divergence(t, x, *mixing), (x, *mixing, *parameters), (value_bar, trace_bar)
+    )
+    ours = (x_bar, *mixing_bars, *(bars[parameter] for parameter in parameters))
+    for part, same in zip(ours, expected, strict=True):
+        assert torch.allclose(part, same, rtol=1e-10, atol=1e-12)

@@ -35,10 +35,11 @@ Bars = Sequence[Tensor]
 class Checkpoint:
     """Gradients of the computed solution, exact, from the states in which accepted steps begin.
 
-    keep: "steps", one state for each step: backward repeats the step with its graph; "stages", the
-    states of the stages too (explicit methods): backward holds the graph of one evaluation at a
-    time; "sqrt", a state for each of about √steps segments: backward repeats a segment before it
-    goes through it.
+    keep: "stages", the states of every step's stages (explicit methods): backward holds the graph
+    of one evaluation at a time, or none where the field knows its own vector-Jacobian product;
+    "steps", one state for each step: backward repeats the step with its graph; "sqrt", a state for
+    each of about √steps segments: backward repeats a segment before it goes through it; None, the
+    first of these that the method and its steps allow.
     memory: instead, the most that may be kept, in bytes or as "256MB": all steps while they fit,
     else as many as do.
     Work is that of backpropagation plus one more evaluation for each stage, two for "sqrt".
@@ -46,21 +47,21 @@ class Checkpoint:
     Source: discrete adjoint of the recorded steps, e.g. Zhuang et al. 2020 (ACA), section 3.
     """
 
-    keep: str = "steps"
+    keep: str | None = None
     memory: int | str | None = None
 
     def __post_init__(self) -> None:
-        if self.keep not in KEEP:
+        if self.keep not in (*KEEP, None):
             raise InputError(f"keep must be one of {', '.join(KEEP)}, got {self.keep!r}")
         if self.memory is not None:
-            if self.keep != "steps":
+            if self.keep is not None:
                 raise InputError("memory= chooses what to keep: give it or keep=, not both")
             as_bytes(self.memory)  # now, not at the first solve
 
     def solve(
         self, problem: Problem, field: Field, y: Leaves, first: Evaluation, stats: Stats
     ) -> Solved:
-        if problem.per_sample and (self.keep != "steps" or self.memory is not None):
+        if problem.per_sample and (self.keep in ("stages", "sqrt") or self.memory is not None):
             raise InputError(
                 "where every row has its own steps Checkpoint keeps them all: with per_sample=True "
                 "use Checkpoint()"
@@ -70,7 +71,11 @@ class Checkpoint:
                 f"keep='stages' needs an explicit Runge–Kutta method, and {problem.method.name} is "
                 "none; use keep='steps'"
             )
-        return solved_by(_Replayed, self, problem, field, y, first, stats)
+        settings = self
+        if self.keep is None and self.memory is None:
+            fits = isinstance(problem.method, ExplicitRungeKutta) and not problem.per_sample
+            settings = Checkpoint("stages" if fits else "steps")
+        return solved_by(_Replayed, settings, problem, field, y, first, stats)
 
     def record(self, problem: Problem, y: Leaves) -> Record:
         """An empty record that keeps what the settings say."""
@@ -333,6 +338,9 @@ class _Replay:
         self, t: float, side: float, y: Leaves, field: Field, kappa: Bars, rates_bar: Bars
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """Cotangents of one evaluation pulled back to its state and to the named tensors."""
+        by_formula = self._by_formula(t, side, y, field, kappa, rates_bar)
+        if by_formula is not None:
+            return by_formula
         with torch.enable_grad():
             y = tuple(leaf.detach().requires_grad_() for leaf in y)
             value = self.job.problem.evaluate(Repeated(field, self.job.stats), t, y, side)
@@ -344,6 +352,18 @@ class _Replay:
             for part, bar in zip(found, kappa, strict=False)
         ]
         return by_state, found[len(y) :]
+
+    def _by_formula(
+        self, t: float, side: float, y: Leaves, field: Field, kappa: Bars, rates_bar: Bars
+    ) -> tuple[list[Tensor], list[Tensor | None]] | None:
+        """The same by the field's own vector-Jacobian product; None where it has none."""
+        given = self.job.first.rates
+        rates = [bar.to(rate.dtype) for bar, rate in zip(rates_bar, given, strict=True)]
+        found = field.pull(self.job.problem.beside(t, side), y, kappa, rates)
+        if found is None:
+            return None
+        self.job.stats.nfe_backward += 1
+        return list(found[0]), found[1]
 
     @torch.no_grad()
     def _forward(self, one: Accepted) -> Leaves:

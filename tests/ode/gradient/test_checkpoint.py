@@ -121,11 +121,12 @@ def kept(gradient, steps):
 
 
 def test_steps_keeps_a_state_for_each_and_evaluates_each_stage_once_more():
-    assert kept(Checkpoint(), 40) == (40, 160)
+    assert kept(Checkpoint(keep="steps"), 40) == (40, 160)
 
 
 def test_stages_keeps_a_state_for_each_stage_and_evaluates_it_once_more():
     assert kept(Checkpoint(keep="stages"), 40) == (160, 160)
+    assert kept(Checkpoint(), 40) == (160, 160)  # the default, where it can
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 100, 400])
@@ -207,3 +208,64 @@ def test_stages_are_those_of_an_explicit_method():
               gradient=Checkpoint(keep="stages"))  # fmt: skip
     sol = solve(lambda t, y: -y, y0, [0.0, 1.0], method=Other(), step_size=0.1)
     assert torch.allclose(grad(sol.y[-1].sum(), y0)[0], torch.tensor(math.exp(-1)))
+
+
+# a field that knows its own vector-Jacobian product ----------------------------------------------
+
+
+class Pulled:
+    """dy/dt = tanh(y W) s and a rate, with their cotangents by hand; counts how they are asked."""
+
+    def __init__(self, *, covers=True, applies=True):
+        self.weight = torch.linspace(-1, 1, 9, dtype=F64).reshape(3, 3).requires_grad_()
+        self.covers, self.applies = covers, applies
+        self.calls = self.pulls = 0
+
+    def __call__(self, t, y, scale):
+        self.calls += 1
+        return torch.tanh(y @ self.weight) * scale, (y.square() * (1 + t)).sum(-1)
+
+    def pull(self, t, y, scale, slope_bar, rate_bar):
+        if not self.applies:
+            return None
+        self.pulls += 1
+        h = torch.tanh(y @ self.weight)
+        inner = slope_bar * scale * (1 - h * h)
+        y_bar = inner @ self.weight.T + 2 * (1 + t) * y * rate_bar[:, None]
+        known = {self.weight: y.T @ inner} if self.covers else {}
+        return y_bar, ((slope_bar * h).sum(0),), known
+
+
+def gradients_of(field, gradient):
+    y0 = torch.linspace(0.1, 1.2, 6, dtype=F64).reshape(2, 3).requires_grad_()
+    scale = torch.tensor([0.5, 1.0, 2.0], dtype=F64, requires_grad=True)
+    sol = solve(field, y0, [0.0, 0.3, 1.0], params=[scale * 1.5], quadrature=True,
+                gradient=gradient, rtol=1e-5)  # fmt: skip
+    loss = sol.y.sin().sum() + sol.integral.sum()
+    return torch.autograd.grad(loss, (y0, scale, field.weight)), sol.stats
+
+
+def test_its_own_formula_stands_for_the_graph():
+    field = Pulled()
+    found, stats = gradients_of(field, Checkpoint())
+    expected, _ = gradients_of(Pulled(), "backprop")
+    assert all(map(torch.allclose, found, expected))
+    assert field.pulls == stats.nfe_backward and field.calls == stats.nfe
+
+
+@pytest.mark.parametrize("how", [dict(covers=False), dict(applies=False)])
+def test_a_formula_that_leaves_something_out_is_not_used(how):
+    field = Pulled(**how)
+    found, stats = gradients_of(field, Checkpoint())
+    expected, _ = gradients_of(Pulled(), "backprop")
+    assert all(map(torch.allclose, found, expected))
+    assert field.calls == stats.nfe + stats.nfe_backward
+
+
+def test_second_derivatives_leave_the_formula_alone():
+    field = Pulled()
+    y0 = torch.ones(2, 3, dtype=F64, requires_grad=True)
+    sol = solve(field, y0, [0.0, 1.0], params=[torch.ones(3, dtype=F64)], quadrature=True)
+    (first,) = torch.autograd.grad(sol.y[-1].sum(), y0, create_graph=True)
+    torch.autograd.grad(first.sum(), y0)
+    assert field.pulls == 0
