@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,15 @@ class Layout:
     def _width(self, leaf: Tensor) -> int:
         entries = leaf.numel() if self.blocks == 1 else prod(leaf.shape[1:])
         return entries * (2 if leaf.is_complex() else 1)
+
+
+def jacobian_of(field: Any, t: Any, y: Leaves) -> Tensor:
+    """∂(dy/dt)_i / ∂y_j at (t, y), (blocks, size, size), by its own `jacobian` if it has one.
+
+    field: (t, y) → a value with a `slope`.
+    """
+    own = getattr(field, "jacobian", None)
+    return own(t, y) if own is not None else jacobian(lambda at: field(t, at).slope, y, 1)
 
 
 def jacobian(slope: Callable[[Leaves], Leaves], y: Leaves, blocks: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cnf.ode.control import Control
 from cnf.ode.field import Evaluation
-from cnf.ode.jacobian import Layout
+from cnf.ode.jacobian import Layout, jacobian_of
 from cnf.ode.state import Leaves, combine, weighted_sum
 from cnf.ode.tableau import Tableau, Weights
 
@@ -153,8 +153,7 @@ class OwnPace:
 
     def jacobian(self, s: float, y: Leaves) -> Tensor:
         """h times the field's Jacobian, of each row by its own h."""
-        field: Any = self._field
-        found = field.jacobian(torch.add(self._t, self._h, alpha=s), y)
+        found = jacobian_of(self._field, torch.add(self._t, self._h, alpha=s), y)
         ones = (torch.full_like(leaf, 1 + 1j if leaf.is_complex() else 1) for leaf in y)
         each = tuple(leaf * self._lengths(leaf) for leaf in ones)
         return found * Layout(y, len(found)).vector(each).unsqueeze(-1)

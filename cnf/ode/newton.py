@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cnf.error import InputError
-from cnf.ode.jacobian import Layout
+from cnf.ode.jacobian import Layout, jacobian_of
 from cnf.ode.state import Leaves
 
 Array = np.ndarray
@@ -44,7 +44,7 @@ class Equation:
 
     def matrix(self, at: Tensor) -> Tensor:
         """I − wJ(t, at), (blocks, size, size)."""
-        return shifted(self.field.jacobian(self.t, self.layout.leaves(at)), self.weight)
+        return shifted(jacobian_of(self.field, self.t, self.layout.leaves(at)), self.weight)
 
 
 class Root(torch.autograd.Function):
@@ -186,7 +186,7 @@ class Newton:
     def _renewed(self) -> Tensor:
         memory = self._memory
         with torch.no_grad():
-            found: Tensor = self._field.jacobian(self._t, self._y)
+            found = jacobian_of(self._field, self._t, self._y)
         memory.jacobian, memory.at, memory.weight = found, self._t, None
         return found
 

@@ -16,6 +16,7 @@ from cnf.ode.control import Adaptive, Control, FixedStep, choose
 from cnf.ode.event import Watch
 from cnf.ode.field import Evaluation
 from cnf.ode.interpolate import Polynomial, interpolant
+from cnf.ode.jacobian import jacobian_of
 from cnf.ode.method import Evaluate, Method, OwnPace, Step, take_step
 from cnf.ode.state import Leaves, as_matrix
 from cnf.ode.tangent import is_transformed
@@ -185,7 +186,7 @@ class _Inside:
         return self._field(self._moved(t), y)
 
     def jacobian(self, t: Any, y: Leaves) -> Tensor:
-        return self._field.jacobian(self._moved(t), y)
+        return jacobian_of(self._field, self._moved(t), y)
 
 
 class Accepted(NamedTuple):
@@ -251,7 +252,7 @@ class Counted:
 
     def jacobian(self, t: Any, y: Leaves) -> Tensor:
         self._stats.jacobians += 1
-        return self._field.jacobian(t, y)
+        return jacobian_of(self._field, t, y)
 
 
 def error_ratio(step: Step, y: Leaves, control: Adaptive, measure: Measure | None = None) -> Any:

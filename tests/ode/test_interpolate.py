@@ -88,9 +88,12 @@ def test_a_step_that_was_taken_is_not_evaluated_again(name):
     needed, calls = field.calls - calls, field.calls
     anew = interpolant(method, field, START, h, y, first)
     stages = METHODS[name].stages - 1  # the first is given
-    assert needed == field.calls - calls - stages
-    parts = name == "dopri8"  # which takes steps of a third and of two thirds as well
-    assert parts or needed == (step.last is None)
+    if METHODS[name].implicit:
+        assert needed < field.calls - calls
+    else:
+        assert needed == field.calls - calls - stages
+        parts = name == "dopri8"  # which takes steps of a third and of two thirds as well
+        assert parts or needed == (step.last is None)
     for one, other in zip(inside(0.4), anew(0.4), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
 

@@ -15,6 +15,7 @@ from cnf.ode.control import Adaptive
 from cnf.ode.field import Evaluation, alias
 from cnf.ode.gradient.problem import vjp
 from cnf.ode.integrate import Problem, Stats
+from cnf.ode.jacobian import jacobian_of
 from cnf.ode.method import adjoint_method
 from cnf.ode.state import Leaves, across, largest
 
@@ -82,7 +83,7 @@ class Augmented:
         """−(∂f/∂y)ᵀ, whatever the adjoint is; for a state that is read off."""
         assert self.known is not None  # the implicit methods ask for it
         self.stats.jacobians += 1
-        return -self.field.jacobian(t, self.known(t)).mT
+        return -jacobian_of(self.field, t, self.known(t)).mT
 
     def value(self, t: Any, y: Leaves) -> Evaluation:
         """The forward field with its graph."""

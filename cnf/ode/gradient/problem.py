@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cnf.ode.field import Evaluation, Field
 from cnf.ode.integrate import Problem, Stats, Trajectory
+from cnf.ode.jacobian import jacobian_of
 from cnf.ode.state import Leaves
 from cnf.ode.trajectory import Path
 
@@ -92,7 +93,7 @@ class Repeated:
 
     def jacobian(self, t: Any, y: Leaves) -> Tensor:
         self._stats.jacobians += 1
-        return self._field.jacobian(t, y)
+        return jacobian_of(self._field, t, y)
 
     def take(self, rows: Tensor) -> Repeated:
         """The same for some rows of the batch."""
