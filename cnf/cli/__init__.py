@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from cnf import __version__
 from cnf.cli.parser import parse
@@ -53,20 +55,32 @@ def _run(argv: Sequence[str] | None) -> int:
     except SystemExit:  # --help and --version have been answered
         arguments = None
     if arguments is not None:
-        if _cores_are_busy():
+        if "OMP_WAIT_POLICY" not in os.environ and _cores_are_busy():
             # idle threads sleep: spinning ones keep others, and each other, from the cores
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         import_module(f"cnf.cli.{arguments.verb}").run(arguments)
     sys.stdout.flush()  # a closed pipe shows here, not after the last line of this program
     return DONE
 
 
 def _cores_are_busy() -> bool:
-    """Whether other programs have kept more than half of the cores at work for the last minute."""
+    """Whether other programs keep more than a quarter of the cores at work just now.
+
+    Not the load average, which a run of ours that has just ended would still fill.
+    """
     try:
-        return os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1)
-    except OSError:  # no such figure here
+        before = _idle_and_all()
+        time.sleep(0.1)
+        idle, every = (now - then for now, then in zip(_idle_and_all(), before, strict=True))
+    except (OSError, ValueError):  # no such figures here
         return True
+    return idle < 0.75 * every
+
+
+def _idle_and_all() -> tuple[int, int]:
+    """Idle and all ticks of all cores since the machine started, as Linux tells them."""
+    ticks = [int(value) for value in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)
 
 
 def _fail(code: int, message: object) -> int:
