@@ -1,0 +1,128 @@
+"""Steps compiled by torch.compile: all stages, their sums and the error in a few kernels.
+
+What is compiled is the pure step, of tensors to tensors, for one field, one structure and size of
+the state, with a graph and without; the loop that chooses the steps is not.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnf.error import InputError
+from cnf.ode.control import Control
+from cnf.ode.field import Evaluation, Field
+from cnf.ode.method import Evaluate, ExplicitRungeKutta, Method, Step, take_step
+from cnf.ode.state import Leaves
+
+BACKEND = "inductor"
+_KNOWN: weakref.WeakKeyDictionary[Any, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """An explicit Runge–Kutta method whose steps are compiled; `plain` is the method itself.
+
+    The first step for a field, a batch size and a dtype takes seconds to a minute.  The field is
+    evaluated as it is traced: what it does in Python alone, such as counting, is done once.
+    """
+
+    plain: ExplicitRungeKutta
+
+    @property
+    def name(self) -> str:
+        return self.plain.name
+
+    @property
+    def order(self) -> int:
+        return self.plain.order
+
+    @property
+    def adaptive(self) -> bool:
+        return self.plain.adaptive
+
+    def prepare(self, control: Control, evaluate: Evaluate, t: Any, y: Leaves) -> Compiled:
+        """Itself; raises InputError for steps that cannot be compiled."""
+        if control.per_sample or control.jumps:
+            raise InputError(
+                "compile=True compiles the step that all rows share: leave out per_sample=True and "
+                "jumps=, or compile=True"
+            )
+        return self
+
+    def back(self, interpolate: bool, rated: bool) -> Method:
+        """The method for the adjoint equation, whose field asks autograd and is not compiled."""
+        return self.plain
+
+    def twice(self) -> Method:
+        """The method where second derivatives are wanted, which compiled code does not have."""
+        return self.plain
+
+    def step(
+        self, field: Evaluate, t: float, h: float, y: Leaves, first: Evaluation, estimate: bool
+    ) -> Step:
+        inner: Field | None = getattr(field, "inner", None)
+        if not isinstance(inner, Field) or inner.substitutes:
+            raise InputError(
+                "compile=True goes with gradient='backprop', 'adjoint' and 'checkpoint' (keeping "
+                "steps), and a field whose parameters have no hooks; leave it out"
+            )
+        tableau = self.plain.tableau
+        field.count(tableau.stages - 1 if estimate else tableau.used_stages - 1)  # type: ignore
+        pure = _pure_step(inner, self.plain, estimate)
+        clock = dict(dtype=torch.float64, device=inner.device)
+        times = (torch.full((), t, **clock), torch.full((), h, **clock))
+        try:
+            with inner.precision:
+                return pure(*times, y, first, inner.passed)
+        except _failures() as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(
+                f"the step cannot be compiled ({reason}); compile=True needs a field that "
+                "torch.compile can trace and, on the CPU, a C++ compiler: leave it out"
+            ) from error
+
+
+def _pure_step(inner: Field, method: ExplicitRungeKutta, estimate: bool) -> Callable[..., Step]:
+    """The compiled step of a field, the same one in every solve."""
+    try:
+        known = _KNOWN.setdefault(inner.call, {})
+    except TypeError:  # a callable that cannot be referred to weakly is compiled in every solve
+        known = {}
+    key = (method, estimate, inner.state.shape, None if inner.rates is None else inner.rates.shape)
+    key = repr(key)
+    if key not in known:
+        known[key] = torch.compile(_step_of(inner, method, estimate), backend=BACKEND)
+    return known[key]
+
+
+def _step_of(inner: Field, method: ExplicitRungeKutta, estimate: bool) -> Callable[..., Step]:
+    """(t, h, y, first, passed) ↦ the step, t and h 0-d; it holds the field but not the solve."""
+    call, state, rates, dtype = weakref.ref(inner.call), inner.state, inner.rates, inner.dtype
+
+    def step(t: Tensor, h: Tensor, y: Leaves, first: Evaluation, passed: Leaves) -> Step:
+        field = call()
+
+        def evaluate(moment: Tensor, leaves: Leaves) -> Evaluation:
+            value = field(moment.to(dtype), state.build(leaves), *passed)  # type: ignore[misc]
+            if rates is None:
+                return Evaluation(state.leaves(value), ())
+            slope, given = value
+            return Evaluation(state.leaves(slope), rates.leaves(given))
+
+        found = take_step(method, evaluate, t, h, y, first, estimate)
+        return found._replace(slopes=())
+
+    return step
+
+
+def _failures() -> tuple[type[BaseException], ...]:
+    """What torch.compile raises where it cannot."""
+    from torch._dynamo import exc
+
+    return (exc.TorchDynamoException,)
