@@ -130,7 +130,7 @@ def test_a_failure_to_compile_is_a_sentence(monkeypatch):
         raise RuntimeError("no compiler was found")
 
     monkeypatch.setattr(compiled, "BACKEND", broken)
-    with pytest.raises(cnf.InputError, match="the step cannot be compiled .*no compiler was found"):
+    with pytest.raises(cnf.InputError, match=r"the step cannot be compiled .*no compiler was found"):
         solve(lambda t, y: -y, torch.ones(2), [0.0, 1.0], compile=True)
 
 
