@@ -63,15 +63,16 @@ class Compiled:
         """The method where second derivatives are wanted, which compiled code does not have."""
         return self.plain
 
+    def at(self, t: float) -> Method:
+        """The method that interpolates a step."""
+        return self.plain
+
     def step(
         self, field: Evaluate, t: float, h: float, y: Leaves, first: Evaluation, estimate: bool
     ) -> Step:
-        inner: Field | None = getattr(field, "inner", None)
-        if not isinstance(inner, Field) or inner.substitutes:
-            raise InputError(
-                "compile=True goes with gradient='backprop', 'adjoint' and 'checkpoint' (keeping "
-                "steps), and a field whose parameters have no hooks; leave it out"
-            )
+        inner = getattr(field, "inner", None)
+        if not isinstance(inner, Field) or inner.substitutes:  # not the field, but made of it
+            return self.plain.step(field, t, h, y, first, estimate)
         tableau = self.plain.tableau
         field.count(tableau.stages - 1 if estimate else tableau.used_stages - 1)  # type: ignore
         pure = _pure_step(inner, self.plain, estimate)
@@ -94,8 +95,9 @@ def _pure_step(inner: Field, method: ExplicitRungeKutta, estimate: bool) -> Call
         known = _KNOWN.setdefault(inner.call, {})
     except TypeError:  # a callable that cannot be referred to weakly is compiled in every solve
         known = {}
-    key = (method, estimate, inner.state.shape, None if inner.rates is None else inner.rates.shape)
-    key = repr(key)
+    key = repr(
+        (method, estimate, inner.state.shape, inner.rates and inner.rates.shape, inner.dtype)
+    )
     if key not in known:
         known[key] = torch.compile(_step_of(inner, method, estimate), backend=BACKEND)
     return known[key]

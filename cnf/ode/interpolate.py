@@ -96,7 +96,7 @@ def _slopes(
 ) -> Sequence[Sequence[Tensor]]:
     """Of each leaf, the field wherever the method's weights want it."""
     assert isinstance(method, ExplicitRungeKutta) and method.tableau.dense is not None
-    if step is None or len(step.slopes[0]) < method.tableau.stages:
+    if step is None or not step.slopes or len(step.slopes[0]) < method.tableau.stages:
         step = method.step(field, t, h, y, first, True)
     if len(method.tableau.dense) == method.tableau.stages:
         return step.slopes

@@ -264,7 +264,8 @@ class _March:
 
     def _stiffness(self) -> float | None:
         """|h λ| of the next few steps, if an explicit method finds the problem stiff there."""
-        problem, method = self.problem, self.problem.method
+        method = getattr(self.problem.method, "plain", self.problem.method)  # of compiled steps
+        problem = replace(self.problem, method=method)
         control, size = problem.control, self.size
         if self.probing or not (math.isfinite(size) and size > 0.0):
             return None

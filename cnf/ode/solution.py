@@ -15,6 +15,7 @@ from torch import Tensor
 from cnf.allocator import keep_freed_memory
 from cnf.error import InputError, IntegrationError
 from cnf.ode.choice import choose_method
+from cnf.ode.compiled import Compiled
 from cnf.ode.control import Adaptive, Control, FixedStep
 from cnf.ode.event import Event, Watch, as_events
 from cnf.ode.field import (
@@ -32,7 +33,7 @@ from cnf.ode.gradient.checkpoint import Checkpoint
 from cnf.ode.gradient.problem import Gradient, Solved, stacked
 from cnf.ode.gradient.reversible import Reversible
 from cnf.ode.integrate import Problem, Stats, integrate
-from cnf.ode.method import Method, prepared
+from cnf.ode.method import ExplicitRungeKutta, Method, prepared
 from cnf.ode.moment import from_start
 from cnf.ode.oracle import Oracle
 from cnf.ode.outcome import Crossing, Dense, at_requested_times, events_met, read_at_times
@@ -102,6 +103,7 @@ def solve(
     quadrature: bool = False,
     event: Event | Sequence[Event] | None = None,
     dense: bool = False,
+    compile: bool = False,
     max_steps: int = 100_000,
 ) -> Solution:
     """The solution of dy/dt = field(t, y) with y(t[0]) = y0, at every time of t.
@@ -125,7 +127,9 @@ def solve(
     params: tensors that the field takes as its last arguments, or that it captures and that are
     computed (captured leaves are found); rows: tensors aligned with the batch, taken before them.
     event: Event(g), or several: where g(t, y) turns zero; dense: keep what is needed to evaluate
-    the solution anywhere; max_steps: steps tried in the whole solve, by each row.
+    the solution anywhere; compile: compile the steps of an explicit method by torch.compile, which
+    takes a minute once and pays where many solves of the same field and batch size follow;
+    max_steps: steps tried in the whole solve, by each row.
     Gradients reach y0, t, rows, params and the field's leaves.  Raises InputError for what cannot
     be solved as asked, IntegrationError where the solution cannot be continued.
 
@@ -138,6 +142,8 @@ def solve(
     events = as_events(event)
     chosen = choose_method(method)
     steps = _choose_control(chosen, rtol, atol, step_size, control)
+    if compile:
+        chosen = _compiled(chosen)
     _check_transforms(steps, events)
     _check_precision(y, steps)
     times = _checked_times(t, y, steps, any(event.terminal for event in events))
@@ -171,6 +177,17 @@ def solve(
     if isinstance(chosen, Switching):
         stats.methods = chosen.changes()
     return _result(problem, solved, start, t, clock, stats)
+
+
+def _compiled(method: Method) -> Compiled:
+    if not isinstance(method, ExplicitRungeKutta):
+        raise InputError(
+            f"compile=True compiles explicit Runge–Kutta methods, and {method.name} is none; leave "
+            "it out"
+        )
+    if is_transformed():
+        raise InputError("compile=True does not go with the transforms of torch.func; leave it out")
+    return Compiled(method)
 
 
 def check_settings(

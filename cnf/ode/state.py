@@ -25,6 +25,11 @@ class Structure:
     def __init__(self, example: Any, name: str = "y0") -> None:
         self._shape = _shape_of(example, name)
 
+    @property
+    def shape(self) -> Any:
+        """None for a tensor, or a tuple or dict of such."""
+        return self._shape
+
     def leaves(self, state: Any, name: str = "the state") -> Leaves:
         """The tensors of `state`, in order; raises InputError where it is built differently."""
         if self._shape is None and isinstance(state, Tensor):  # the usual case, once a stage

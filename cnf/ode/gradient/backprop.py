@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cnf.ode.compiled import Compiled
 from cnf.ode.field import Evaluation, Field
 from cnf.ode.gradient.problem import Solved, stack, stacked
 from cnf.ode.integrate import Problem, Stats, integrate
@@ -29,7 +30,8 @@ class Backprop:
         self, problem: Problem, field: Field, y: Leaves, first: Evaluation, stats: Stats
     ) -> Solved:
         if not problem.per_sample:
-            problem = replace(problem, method=twice_differentiable(problem.method))
+            if not isinstance(problem.method, Compiled):
+                problem = replace(problem, method=twice_differentiable(problem.method))
             # without `first`: the field at the start is needed once more, with its graph
             return stacked(integrate(problem, y, stats), problem)
         path = integrate(problem, y, stats, first=first, keep=True).path

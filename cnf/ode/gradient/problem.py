@@ -84,20 +84,24 @@ class Repeated:
     """A field that backward evaluates: counted there, and under the solve's autocast state."""
 
     def __init__(self, field: Any, stats: Stats) -> None:
-        self._field, self._stats = field, stats
+        self.inner, self._stats = field, stats
 
     def __call__(self, t: Any, y: Leaves) -> Evaluation:
         self._stats.nfe_backward += 1
-        with self._field.precision:
-            return self._field(t, y)
+        with self.inner.precision:
+            return self.inner(t, y)
+
+    def count(self, calls: int) -> None:
+        """Count evaluations that were made of the inner field itself."""
+        self._stats.nfe_backward += calls
 
     def jacobian(self, t: Any, y: Leaves) -> Tensor:
         self._stats.jacobians += 1
-        return jacobian_of(self._field, t, y)
+        return jacobian_of(self.inner, t, y)
 
     def take(self, rows: Tensor) -> Repeated:
         """The same for some rows of the batch."""
-        return Repeated(self._field.take(rows), self._stats)
+        return Repeated(self.inner.take(rows), self._stats)
 
 
 class Job(NamedTuple):

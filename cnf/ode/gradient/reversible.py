@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cnf.error import InputError, IntegrationError, whole_number
+from cnf.ode.compiled import Compiled
 from cnf.ode.control import Adaptive
 from cnf.ode.field import Evaluation, Field
 from cnf.ode.gradient.higher import only_once
@@ -55,6 +56,8 @@ class Reversible:
     def solve(
         self, problem: Problem, field: Field, y: Leaves, first: Evaluation, stats: Stats
     ) -> Solved:
+        if isinstance(problem.method, Compiled):
+            raise InputError("gradient='reversible' does not go with compile=True; leave one out")
         if problem.per_sample or problem.dense or problem.watch:
             raise InputError(
                 "gradient='reversible' undoes steps that all rows share, between output times: it "
