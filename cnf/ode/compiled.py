@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from cnf.ode.control import Control
 from cnf.ode.field import Evaluation, Field
 from cnf.ode.method import Evaluate, ExplicitRungeKutta, Method, Step, take_step
 from cnf.ode.state import Leaves
+from cnf.ode.tableau import Tableau
 
 BACKEND = "inductor"
 _KNOWN: weakref.WeakKeyDictionary[Any, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
@@ -76,8 +78,7 @@ class Compiled:
         tableau = self.plain.tableau
         field.count(tableau.stages - 1 if estimate else tableau.used_stages - 1)  # type: ignore
         pure = _pure_step(inner, self.plain, estimate)
-        clock = dict(dtype=torch.float64, device=inner.device)
-        times = (torch.full((), t, **clock), torch.full((), h, **clock))
+        times = [torch.full((), s, dtype=torch.float64, device=inner.device) for s in (t, h)]
         try:
             with inner.precision:
                 return pure(*times, y, first, inner.passed)
@@ -99,8 +100,17 @@ def _pure_step(inner: Field, method: ExplicitRungeKutta, estimate: bool) -> Call
         (method, estimate, inner.state.shape, inner.rates and inner.rates.shape, inner.dtype)
     )
     if key not in known:
-        known[key] = torch.compile(_step_of(inner, method, estimate), backend=BACKEND)
+        _find_weights(method.tableau)
+        step = _step_of(inner, method, estimate)
+        known[key] = torch.compile(step, backend=BACKEND, fullgraph=True)
     return known[key]
+
+
+def _find_weights(tableau: Tableau) -> None:
+    """Have the tableau's derived values at hand: a trace cannot enter the lock of those to come."""
+    for name, value in vars(type(tableau)).items():
+        if isinstance(value, cached_property):
+            getattr(tableau, name)
 
 
 def _step_of(inner: Field, method: ExplicitRungeKutta, estimate: bool) -> Callable[..., Step]:
