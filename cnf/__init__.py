@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from cnf.error import InputError as InputError
     from cnf.error import IntegrationError as IntegrationError
     from cnf.error import TrainingError as TrainingError
+    from cnf.flow.base import DiagonalGaussian as DiagonalGaussian
+    from cnf.flow.base import GaussianMixture as GaussianMixture
+    from cnf.flow.base import StudentT as StudentT
     from cnf.flow.divergence import ClosedForm as ClosedForm
     from cnf.flow.divergence import Hutchinson as Hutchinson
     from cnf.flow.divergence import Tangents as Tangents
@@ -37,16 +40,19 @@ _HOMES = {
     "Backprop": "cnf.ode.gradient.backprop",
     "Checkpoint": "cnf.ode.gradient.checkpoint",
     "ClosedForm": "cnf.flow.divergence",
+    "DiagonalGaussian": "cnf.flow.base",
     "Event": "cnf.ode.event",
     "FixedStep": "cnf.ode.control",
     "Flow": "cnf.flow.flow",
     "FlowMatching": "cnf.flow.objective",
+    "GaussianMixture": "cnf.flow.base",
     "Hutchinson": "cnf.flow.divergence",
     "InputError": "cnf.error",
     "IntegrationError": "cnf.error",
     "MaximumLikelihood": "cnf.flow.objective",
     "Reversible": "cnf.ode.gradient.reversible",
     "Solution": "cnf.ode.solution",
+    "StudentT": "cnf.flow.base",
     "Tableau": "cnf.ode.tableau",
     "Tangents": "cnf.flow.divergence",
     "TrainingError": "cnf.error",

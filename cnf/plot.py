@@ -6,7 +6,8 @@ Two colours throughout: amber is what was measured (data, training loss), blue w
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,35 @@ def training_figure(
         axes.set_ylim(0.0, 1.06 * float(_finite(nfe).max()))
     for axes in panels.values():
         _mark_phases(axes, step, phases, named=axes is panels["training loss"])
+    return figure
+
+
+def tradeoff_figure(
+    curves: Mapping[str, Sequence[tuple[float, float, float]]],
+    own: tuple[float, float, float],
+    title: str = "",
+) -> Figure:
+    """Error against evaluations and against time, on log scales, a curve for each method.
+
+    curves: by method's name (evaluations, error in nats, seconds) of each setting; own: the same of
+    the flow's own solver, drawn as a dot.  An error of 0 is left out.
+    """
+    figure = _figure(8.4, 3.4, title)
+    panels = np.atleast_1d(figure.subplots(1, 2, sharey=True))
+    colors = [QUIET, "#7fb3dd", MODEL, INK, "#8a6bb8", "#3f9c7a"]
+    for axes, column, name in zip(panels, (0, 2), ("evaluations", "seconds"), strict=True):
+        axes.set(xscale="log", yscale="log", xlabel=name)
+        axes.xaxis.label.set(color=QUIET, fontsize=9)
+        for color, points in zip(cycle(colors), curves.values(), strict=False):
+            shown = np.asarray([point for point in points if point[1] > 0]).reshape(-1, 3)
+            axes.plot(shown[:, column], shown[:, 1], color=color, marker="o", markersize=3.5)
+        if own[1] > 0:
+            axes.plot(own[column], own[1], color=DATA, marker="o", markersize=8, linestyle="")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=QUIET, labelsize=8, width=0.8, length=3)
+    panels[0].set_ylabel("error of log p (nats)", color=QUIET, fontsize=9)
+    entries = [(name, color, "-") for name, color in zip(curves, cycle(colors), strict=False)]
+    _legend(panels[1], [*entries, ("the flow's own", DATA, "o")])
     return figure
 
 

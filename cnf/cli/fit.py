@@ -34,7 +34,9 @@ def run(arguments: Namespace) -> None:
     with claimed_folder(_out(arguments, source), arguments.overwrite) as folder:
         history = _train(flow, source, arguments, folder)
         _tell(arguments, "judging the density and drawing it")
-        report = held_out(flow, source.held_out, source.law, source.levels)
+        rows, context = source.parts(source.held_out)
+        context = None if context is None else context[0]
+        report = held_out(flow, rows, source.law, source.levels, context)
         save_density(flow, source, folder.path)
         save_training(history, folder.path, source.name, report.entropy)
         figures = {
@@ -58,6 +60,7 @@ def _source(arguments: Namespace) -> Source:
         seed=arguments.seed,
         rows=arguments.rows,
         columns=arguments.columns,
+        context=arguments.context or (),
         dequantized=arguments.dequantize,
     )
     for warning in source.warnings:
@@ -67,7 +70,11 @@ def _source(arguments: Namespace) -> Source:
 
 def _flow(source: Source, arguments: Namespace) -> Flow:
     return Flow(
-        source.dim, hidden=arguments.hidden, bandwidth=arguments.bandwidth, seed=arguments.seed
+        source.dim,
+        context=len(source.context),
+        hidden=arguments.hidden,
+        bandwidth=arguments.bandwidth,
+        seed=arguments.seed,
     )
 
 
@@ -93,10 +100,12 @@ def _train(flow: Flow, source: Source, arguments: Namespace, folder: RunFolder) 
 
     rows = f"{len(source.train):,} rows of {source.dim} columns"
     _tell(arguments, f"fitting {source.name}, {rows}, into {folder.path}")
+    x, context = source.parts(source.train)
     try:
         flow.fit(
-            source.train,
-            validation=source.validation,
+            x,
+            context,
+            validation=source.parts(source.validation) if source.context else source.validation,
             callback=keep,
             progress=not arguments.quiet,
             **_settings(arguments),
@@ -159,7 +168,8 @@ def _closing_lines(figures: dict[str, Any], folder: Path) -> list[str]:
         lines.append(("skipped", f"{figures['skipped']:,} batches whose loss was not finite"))
     lines += [
         ("files", f"{folder}: {names}"),
-        ("next", f"cnf sample {folder} -n 1000 -o samples.npy"),
+        ("next", f"cnf check {folder}"),
+        ("", f"cnf sample {folder} -n 1000 -o samples.npy"),
         ("", f"cnf logprob {folder} FILE -o log_prob.csv"),
     ]
     return [f"{name:<14}{text}" for name, text in lines]

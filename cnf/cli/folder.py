@@ -20,7 +20,8 @@ from cnf.replace import replacing
 
 MODEL, CONFIG, FIGURES, STEPS = "model.safetensors", "config.json", "metrics.json", "metrics.jsonl"
 DENSITY, SAMPLES, TRAINING = "density.png", "samples.png", "training.png"
-FILES = (MODEL, CONFIG, FIGURES, STEPS, DENSITY, SAMPLES, TRAINING)
+TRADEOFF = "tradeoff.png"
+FILES = (MODEL, CONFIG, FIGURES, STEPS, DENSITY, SAMPLES, TRAINING, TRADEOFF)
 
 
 class RunFolder:
@@ -148,13 +149,16 @@ def _remove(made: list[Path]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A finished run: its flow, and the columns it was trained on; named: by a file's header."""
+    """A finished run: its flow, and the columns it was trained on; named: by a file's header;
+    context: the columns that the density is conditional on.
+    """
 
     path: Path
     flow: Flow
     columns: tuple[str, ...]
     named: bool
     dequantized: tuple[str, ...]
+    context: tuple[str, ...] = ()
 
 
 def read_run(path: str, device: torch.device) -> Run:
@@ -168,13 +172,15 @@ def read_run(path: str, device: torch.device) -> Run:
     if not (folder / MODEL).exists():
         raise InputError(f"{folder} holds no {MODEL}; its training has not ended, fit again")
     flow = Flow.load(folder / MODEL).to(device)
-    if len(data["columns"]) != flow.dim:
-        raise InputError(
-            f"{folder / CONFIG} names {len(data['columns'])} columns, but the flow in {MODEL} "
-            f"has {flow.dim}; they are of different runs, fit again"
-        )
+    context = tuple(data.get("context") or ())
+    for names, width in ((data["columns"], flow.dim), (context, flow.context)):
+        if len(names) != width:
+            raise InputError(
+                f"{folder / CONFIG} names {len(names)} columns, but the flow in {MODEL} "
+                f"has {width}; they are of different runs, fit again"
+            )
     dequantized = tuple(data.get("dequantized") or ())
-    return Run(folder, flow, tuple(data["columns"]), bool(data.get("named")), dequantized)
+    return Run(folder, flow, tuple(data["columns"]), bool(data.get("named")), dequantized, context)
 
 
 def _stored_data(config: Path) -> dict[str, Any]:

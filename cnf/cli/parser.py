@@ -34,8 +34,13 @@ EVALUATE IT
 
   gives log p(x) in nats for every row, and their mean.
 
+TRUST IT
+  cnf check runs/moons                     does it integrate to 1, invert, agree with itself?
+  cnf plot runs/moons --what tradeoff      error and time against evaluations of the field
+
 EACH VERB HAS A PAGE
   cnf fit --help       cnf sample --help       cnf logprob --help
+  cnf check --help     cnf plot --help
 """
 
 CODES = """\
@@ -69,6 +74,7 @@ examples:
   cnf fit checkerboard --seconds 60 --seed 1
   cnf fit moons --steps 2000 --rows 20000 --hidden 64,64 --method ml
   cnf fit wine.csv --columns alcohol,hue,ash --out runs/wine
+  cnf fit wine.csv --columns alcohol,hue --context class     the density given the class
   cnf fit counts.csv --dequantize          whole numbers have no density: add uniform noise
   cnf fit points.npy --json --quiet > figures.json
 """
@@ -84,6 +90,8 @@ SAMPLE_EXAMPLES = """\
 examples:
   cnf sample runs/moons -n 1000 -o moons.npy
   cnf sample runs/wine -n 500 --seed 1 -o wine.csv     the same 500 every time
+  cnf sample runs/wine -n 500 --context 2 -o wine.csv  given the context, for a run that has one
+  cnf sample runs/moons -n 100000 --nfe 8 -o moons.npy at most 8 evaluations of the field
 """
 
 LOGPROB_PAGE = """\
@@ -99,6 +107,41 @@ examples:
   cnf logprob runs/moons points.npy -o log_prob.npy
   cnf logprob runs/wine new.csv -o log_prob.csv
   cnf logprob runs/wine other.csv --columns 0,3 -o log_prob.csv --json
+"""
+
+
+CHECK_PAGE = """\
+Measure what must agree if log p(x) can be trusted, and print a table and a verdict:
+
+  integration    log p(x) against tolerances ten times tighter, in double precision
+  trace          the standard error of an estimated trace; an exact one has none
+  round trip     decode(encode(x)) - x
+  mass           the density's integral, on a grid in two dimensions, else by importance
+  determinant    the log-determinant against that of the Jacobian, up to 32 dimensions
+  batch, modes   a row alone, in another order, in train() and in eval()
+
+Rows come from FILE, in the units of the training data, or are drawn from the flow.
+"""
+
+CHECK_EXAMPLES = """\
+examples:
+  cnf check runs/moons
+  cnf check runs/wine new.csv --json
+"""
+
+PLOT_PAGE = """\
+Draw a figure of a run, and print what is in it.
+
+  tradeoff       error and time of log p(x) against the number of evaluations of the field, for
+                 several methods with fixed steps, and for the flow's own solver
+
+Rows come from FILE, in the units of the training data, or are drawn from the flow.
+"""
+
+PLOT_EXAMPLES = """\
+examples:
+  cnf plot runs/moons --what tradeoff
+  cnf plot runs/wine new.csv --what tradeoff -o tradeoff.pdf --json
 """
 
 
@@ -146,6 +189,12 @@ def _fit_arguments(verb: Parser) -> None:
         "--columns", metavar="A,B", type=_names, help="columns of the file, by name or index"
     )
     data.add_argument(
+        "--context",
+        metavar="C,D",
+        type=_names,
+        help="columns of the file that the density is to be conditional on",
+    )
+    data.add_argument(
         "--dequantize",
         action="store_true",
         help="add uniform noise to the file's columns of repeated or whole numbers",
@@ -189,6 +238,12 @@ def _sample_arguments(verb: Parser) -> None:
     verb.add_argument("run_folder", metavar="RUN", help="a run folder that `cnf fit` wrote")
     verb.add_argument("-n", metavar="N", type=_count, required=True, help="how many samples")
     verb.add_argument("--seed", metavar="K", type=_seed, help="the same samples every time")
+    verb.add_argument(
+        "--context", metavar="X,Y", type=_numbers, help="values of the context, in its order"
+    )
+    verb.add_argument(
+        "--nfe", metavar="N", type=_count, help="at most so many evaluations of the field"
+    )
     _output_arguments(verb)
 
 
@@ -199,6 +254,30 @@ def _logprob_arguments(verb: Parser) -> None:
         "--columns", metavar="A,B", type=_names, help="columns of FILE, by name or index"
     )
     _output_arguments(verb)
+
+
+def _check_arguments(verb: Parser) -> None:
+    _rows_arguments(verb)
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
+    _device_argument(verb)
+
+
+def _plot_arguments(verb: Parser) -> None:
+    _rows_arguments(verb)
+    verb.add_argument("--what", choices=("tradeoff",), required=True, help="what to draw")
+    verb.add_argument(
+        "-o", metavar="FILE", dest="output", help="where to draw it (default: into RUN)"
+    )
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
+    _device_argument(verb)
+
+
+def _rows_arguments(verb: Parser) -> None:
+    verb.add_argument("run_folder", metavar="RUN", help="a run folder that `cnf fit` wrote")
+    verb.add_argument("file", metavar="FILE", nargs="?", help="a table: .csv, .npy or .npz")
+    verb.add_argument(
+        "--columns", metavar="A,B", type=_names, help="columns of FILE, by name or index"
+    )
 
 
 def _output_arguments(verb: Parser) -> None:
@@ -218,6 +297,8 @@ VERBS = (
     ("fit", FIT_PAGE, FIT_EXAMPLES, _fit_arguments),
     ("sample", SAMPLE_PAGE, SAMPLE_EXAMPLES, _sample_arguments),
     ("logprob", LOGPROB_PAGE, LOGPROB_EXAMPLES, _logprob_arguments),
+    ("check", CHECK_PAGE, CHECK_EXAMPLES, _check_arguments),
+    ("plot", PLOT_PAGE, PLOT_EXAMPLES, _plot_arguments),
 )
 
 
@@ -260,6 +341,16 @@ def _band(text: str) -> tuple[float, ...] | str | None:
 
 def _widths(text: str) -> tuple[int, ...]:
     return tuple(_count(width.strip()) for width in text.split(","))
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        values = [float(value) for value in text.split(",")]
+    except ValueError:
+        values = [math.nan]
+    if not all(map(math.isfinite, values)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0.5,2")
+    return values
 
 
 def _names(text: str) -> list[str]:

@@ -33,7 +33,11 @@ GRID = 200  # and on each side in two
 @torch.no_grad()
 def save_density(flow: Flow, source: Source, folder: Path) -> Path:
     """Draw data, samples and, in one or two dimensions, the density; the picture's path."""
-    data = _shown_rows(source)
+    data, context = source.parts(_shown_rows(source))
+    if context is not None:  # samples for the very contexts of the rows
+        samples = _array(flow.sample(len(data), context, seed=0))
+        figure = marginals_figure(data, samples, source.columns, source.name)
+        return save_figure(figure, folder / DENSITY)
     samples = _samples(flow, IMAGES if source.shape else POINTS)
     if source.shape:
         figure = digits_figure(data[:IMAGES], samples, source.shape)

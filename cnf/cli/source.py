@@ -16,7 +16,7 @@ from torch import Tensor
 from cnf.data.density import TOY_NAMES, Toy, toy
 from cnf.data.digits import LEVELS, SHAPE, dequantize, load_digits
 from cnf.data.rows import constant_columns, listed, repeated_columns
-from cnf.data.table import read_table
+from cnf.data.table import Table, read_table
 from cnf.error import InputError
 from cnf.flow.recipe import LAZY_BYTES, LEAST_ROWS
 from cnf.training.seed import seeded
@@ -33,7 +33,8 @@ FINEST = 1e-6  # of a column's range: values closer than that lie on no grid
 class Source:
     """Rows of float32 and what is known of them.
 
-    train: (rows, dim), a memory map where the file is large; validation: (rows, dim); held_out:
+    context: names of what the density is to be conditional on, whose columns follow those of the
+    data in all rows; train: (rows, dim), a memory map where the file is large; validation: (rows, dim); held_out:
     (draws, rows, dim), more than one draw where every row has several noises; law: the density
     that toy points come from; levels, shape: of the pixels of images; details: JSON values for
     config.json; warnings: sentences for the user.
@@ -50,10 +51,17 @@ class Source:
     shape: tuple[int, int] | None = None
     details: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    context: tuple[str, ...] = ()
 
     @property
     def dim(self) -> int:
-        return self.held_out.shape[-1]
+        return self.held_out.shape[-1] - len(self.context)
+
+    def parts(self, rows: Any) -> tuple[Any, Any]:
+        """The data of some rows, and their contexts, or None where there are none."""
+        if not self.context:
+            return rows, None
+        return rows[..., : self.dim], rows[..., self.dim :]
 
     @property
     def description(self) -> dict[str, Any]:
@@ -67,6 +75,7 @@ class Source:
             "name": self.name,
             **self.details,
             "columns": list(self.columns),
+            "context": list(self.context),
             "named": self.named,
             "rows": rows,
             "levels": self.levels,
@@ -79,25 +88,28 @@ def read_source(
     seed: int,
     rows: int | None = None,
     columns: Sequence[str] | None = None,
+    context: Sequence[str] = (),
     dequantized: bool = False,
 ) -> Source:
     """The data that `data`, a name or a path, stands for.
 
     seed: of toy points, noise and the split of a file; rows: toy points to train on; columns,
-    dequantized: for files, see `table_source`.  Raises InputError for data that cannot be used.
+    context, dequantized: for files, see `table_source`.  Raises InputError for data that cannot be used.
     """
     is_file = data not in NAMES
     if rows is not None and data not in TOY_NAMES:
         raise InputError(f"--rows is for toy sets, and {data!r} is none; leave it out")
-    if not is_file and (columns is not None or dequantized):
-        raise InputError(f"--columns and --dequantize are for files, not {data!r}; leave them out")
+    if not is_file and (columns is not None or context or dequantized):
+        raise InputError(
+            f"--columns, --context and --dequantize are for files, not {data!r}; leave them out"
+        )
     if data in TOY_NAMES:
         return toy_source(data, seed, TOY_ROWS if rows is None else rows)
     if data == "digits":
         return digits_source(seed)
     if not (Path(data).suffix or os.sep in data or Path(data).exists()):
         _refuse_name(data)
-    return table_source(data, seed, columns, dequantized)
+    return table_source(data, seed, columns, dequantized, context)
 
 
 def _refuse_name(data: str) -> None:
@@ -160,15 +172,20 @@ def digits_source(seed: int) -> Source:
 
 
 def table_source(
-    path: str, seed: int, columns: Sequence[str] | None = None, dequantized: bool = False
+    path: str,
+    seed: int,
+    columns: Sequence[str] | None = None,
+    dequantized: bool = False,
+    context: Sequence[str] = (),
 ) -> Source:
     """The rows of a .csv, .npy or .npz file, split by the seed.
 
-    columns: those to keep, by name or index; dequantized: add uniform noise, as wide as the
+    columns: those to keep, by name or index, by default all that are no context; context: those
+    that the density is to be conditional on; dequantized: add uniform noise, as wide as the
     smallest distance of two values, to columns whose values repeat.
     Raises InputError for a file that cannot be read, constant columns and too few rows.
     """
-    table = read_table(path, columns)
+    table, given = _tables(path, columns, context)
     values, names = table.values, table.columns
     lazy = isinstance(values, np.memmap) and values.nbytes > LAZY_BYTES
     held = min(round(SHARE * len(values)), MOST_ROWS)
@@ -185,6 +202,8 @@ def table_source(
     warnings, spacing = _repetition(values, repeated, names, dequantized)
     if spacing:
         values = _noisy(values, spacing, _derived(seed, 3))
+    if given is not None:
+        values, lazy = np.concatenate([values, given.values], 1), False
     parts = _last_rows(values, held) if lazy else _random_rows(values, held, seed)
     if lazy:
         warnings.append(f"{path} is not loaded: its last {held} rows are held out, unshuffled")
@@ -203,7 +222,29 @@ def table_source(
             "dequantized": {names[i]: width for i, width in spacing.items()},
         },
         warnings=tuple(warnings),
+        context=() if given is None else given.columns,
     )
+
+
+def _tables(
+    path: str, columns: Sequence[str] | None, context: Sequence[str]
+) -> tuple[Table, Table | None]:
+    """The columns of the data, and those of the context if there are any."""
+    if not context:
+        return read_table(path, columns), None
+    given = read_table(path, context)
+    if columns is None:
+        columns = [name for name in read_table(path).columns if name not in given.columns]
+        if not columns:
+            raise InputError(f"{path} has no column besides --context; name fewer of them")
+    table = read_table(path, columns)
+    both = [name for name in table.columns if name in given.columns]
+    if both:
+        raise InputError(
+            f"column {listed(both)} of {path} is data and context at once; name it in --columns or "
+            "in --context"
+        )
+    return table, given
 
 
 def _refuse_constant(values: np.ndarray, names: Sequence[str], path: str) -> None:

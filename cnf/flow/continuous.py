@@ -18,6 +18,7 @@ from cnf.ode.solution import check_settings, solve
 from cnf.ode.tableau import Tableau
 
 DEFAULT_CONTROL = Adaptive(1e-5, 1e-5, quadrature_atol=1e-4)
+TIGHTER = 10.0  # by which a tolerance is divided to see what it was worth
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,26 @@ class Solver:
         )
         return replace(self, control=wanted)
 
-    def for_rows(self, field: VectorField, x: Tensor) -> Solver:
+    def tighter(self, factor: float = TIGHTER) -> Solver:
+        """The same with every tolerance divided by `factor`; of fixed steps, with half as long."""
+        if isinstance(self.control, FixedStep):
+            return replace(self, control=replace(self.control, step_size=self.control.step_size / 2))
+        atol = self.control.quadrature_atol
+        wanted = replace(
+            self.control,
+            rtol=self.control.rtol / factor,
+            atol=self.control.atol / factor,
+            quadrature_atol=None if atol is None else atol / factor,
+        )
+        return replace(self, control=wanted)
+
+    def for_rows(self, field: VectorField, x: Tensor, rows: tuple[Tensor, ...] = ()) -> Solver:
         """The same with a step size for every row, so that no row's result depends on another.
 
-        Fixed steps do not depend on the rows anyway; a field that cannot be asked at a time of each
-        row's own keeps the steps that all rows share.
+        rows: what else the field takes of every row.  Fixed steps do not depend on the rows anyway;
+        a field that cannot be asked at a time of each row's own keeps the steps that all rows share.
         """
-        if isinstance(self.control, FixedStep) or not takes_row_times(field, x):
+        if isinstance(self.control, FixedStep) or not takes_row_times(field, x, rows):
             return self
         return replace(self, control=replace(self.control, per_sample=True))
 
@@ -64,31 +78,41 @@ class Moved(NamedTuple):
 
 
 @torch.no_grad()
-def takes_row_times(field: VectorField, x: Tensor) -> bool:
+def takes_row_times(field: VectorField, x: Tensor, rows: tuple[Tensor, ...] = ()) -> bool:
     """Whether the field gives every row at its own time what it gives that row alone.
 
-    x: (batch, dim), of which the field's width, dtype and device are taken.
+    x: (batch, dim), of which the field's width, dtype and device are taken; rows: what else it
+    takes of every row, of which the first stands for all.
     """
     if is_row_wise(field):
         return True
-    # rows unlike any width, so that times are not broadcast along the features by accident
-    rows = 2 * x.shape[1] + 3
-    points = torch.linspace(-1.0, 1.0, rows * x.shape[1], dtype=x.dtype, device=x.device)
-    points = points.reshape(rows, -1)
-    times = torch.linspace(0.1, 0.9, rows, dtype=x.dtype, device=x.device)
+    # as many as no width, so that times are not broadcast along the features by accident
+    count = 2 * x.shape[1] + 3
+    points = torch.linspace(-1.0, 1.0, count * x.shape[1], dtype=x.dtype, device=x.device)
+    points = points.reshape(count, -1)
+    times = torch.linspace(0.1, 0.9, count, dtype=x.dtype, device=x.device)
+    one = [row[:1] for row in rows]
+    many = [row.expand(count, *row.shape[1:]) for row in one]
     try:
-        together = field(times, points)
+        together = field(times, points, *many)
         if together.shape != points.shape:
             return False
-        alone = [field(times[i], points[i : i + 1])[0] for i in (0, rows // 2, rows - 1)]
+        chosen = (0, count // 2, count - 1)
+        alone = [field(times[i], points[i : i + 1], *one)[0] for i in chosen]
     except Exception:  # whatever a user's field raises where it was not made for this
         return False
-    chosen = torch.stack([together[0], together[rows // 2], together[-1]])
+    chosen = torch.stack([together[i] for i in chosen])
     return torch.allclose(chosen, torch.stack(alone), rtol=1e-4, atol=1e-5)
 
 
-def move(field: VectorField, x: Tensor, times: tuple[float, float], solver: Solver) -> Tensor:
-    """x, (batch, dim), carried along the field from times[0] to times[1]."""
+def move(
+    field: VectorField,
+    x: Tensor,
+    times: tuple[float, float],
+    solver: Solver,
+    rows: tuple[Tensor, ...] = (),
+) -> Tensor:
+    """x, (batch, dim), carried along the field(t, x, *rows) from times[0] to times[1]."""
     return solve(
         field,
         x,
@@ -96,6 +120,7 @@ def move(field: VectorField, x: Tensor, times: tuple[float, float], solver: Solv
         method=solver.method,
         control=solver.control,
         gradient=solver.gradient,
+        rows=rows,
         max_steps=solver.max_steps,
     ).y[-1]
 
@@ -106,12 +131,14 @@ def move_with_logdet(
     x: Tensor,
     times: tuple[float, float],
     solver: Solver,
+    rows: tuple[Tensor, ...] = (),
 ) -> Moved:
     """x carried along the field, and log |det| of that map: the divergence integrated on the way.
 
+    rows: what else the field takes of every row, such as a context.
     Source: the instantaneous change of variables, Chen et al. 2018, theorem 1.
     """
-    attached = divergence.attach(field, x)
+    attached = divergence.attach(field, x, *rows)
     solution = solve(
         attached.field,
         x,

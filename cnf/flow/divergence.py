@@ -2,7 +2,8 @@
 
 A field that knows its divergence offers `prepare()` and `with_divergence(t, x, *prepared)`, and
 perhaps `pull_divergence`, which pulls cotangents back without a graph; one that can carry tangents
-offers `tangent(t, x, tangents)`; any other is differentiated by torch.func.
+offers `tangent(t, x, tangents)`; any other is differentiated by torch.func.  What the field takes of
+every row besides x, such as a context, follows x, and the tangents.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from cnf.error import InputError, whole_number
 from cnf.ode.field import is_row_wise
 
-VectorField = Callable[[Tensor, Tensor], Tensor]
+VectorField = Callable[..., Tensor]  # f(t, x, *rows) → dx/dt
 
 
 class WithDivergence(NamedTuple):
@@ -33,8 +34,12 @@ class WithDivergence(NamedTuple):
 class Divergence(Protocol):
     """A way to get tr ∂f/∂x along the path."""
 
-    def attach(self, field: VectorField, x: Tensor) -> WithDivergence:
-        """The field with its divergence for one solve over the batch x, (batch, dim)."""
+    def attach(self, field: VectorField, x: Tensor, *rows: Tensor) -> WithDivergence:
+        """The field with its divergence for one solve over the batch x, (batch, dim).
+
+        rows: what else the field takes of every row, f(t, x, *rows); they come first among those
+        that are returned.
+        """
         ...
 
 
@@ -54,7 +59,7 @@ class ClosedForm:
     M = W₂ ∘ (W₁ W₃)ᵀ; for one layer Chen et al. 2018, section 4.
     """
 
-    def attach(self, field: VectorField, x: Tensor) -> WithDivergence:
+    def attach(self, field: VectorField, x: Tensor, *rows: Tensor) -> WithDivergence:
         if not isinstance(field, KnowsDivergence):
             raise InputError(
                 f"the field {_name(field)} offers no closed form of its divergence: give it "
@@ -62,7 +67,7 @@ class ClosedForm:
             )
         pull = getattr(field, "pull_divergence", None)
         attached = _Attached(field, field.with_divergence, pull)
-        return WithDivergence(attached, params=field.prepare())
+        return WithDivergence(attached, rows, field.prepare())
 
 
 @dataclass(frozen=True)
@@ -71,14 +76,14 @@ class Tangents:
     field can, else by torch.func.jvp.  Work and memory grow with dim.
     """
 
-    def attach(self, field: VectorField, x: Tensor) -> WithDivergence:
+    def attach(self, field: VectorField, x: Tensor, *rows: Tensor) -> WithDivergence:
         basis = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
 
-        def with_trace(t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-            value, pushed = push(field, t, x, basis[:, None].expand(-1, x.shape[0], -1))
+        def with_trace(t: Tensor, x: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:
+            value, pushed = push(field, t, x, basis[:, None].expand(-1, x.shape[0], -1), *rows)
             return value, torch.einsum("ibi->b", pushed)
 
-        return WithDivergence(_Attached(field, with_trace))
+        return WithDivergence(_Attached(field, with_trace), rows)
 
 
 @dataclass(frozen=True)
@@ -102,13 +107,13 @@ class Hutchinson:
         if self.law not in ("rademacher", "gaussian"):
             raise InputError(f"law must be 'rademacher' or 'gaussian', got {self.law!r}")
 
-    def attach(self, field: VectorField, x: Tensor) -> WithDivergence:
-        def with_estimate(t: Tensor, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-            probes = noise.transpose(0, 1)
-            value, pushed = push(field, t, x, probes)
+    def attach(self, field: VectorField, x: Tensor, *rows: Tensor) -> WithDivergence:
+        def with_estimate(t: Tensor, x: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:
+            probes = rows[-1].transpose(0, 1)
+            value, pushed = push(field, t, x, probes, *rows[:-1])
             return value, (probes * pushed).sum(-1).mean(0)
 
-        return WithDivergence(_Attached(field, with_estimate), rows=(self.draw(x),))
+        return WithDivergence(_Attached(field, with_estimate), (*rows, self.draw(x)))
 
     def draw(self, x: Tensor) -> Tensor:
         """Noise of shape (batch, probes, dim) and x's dtype and device."""
@@ -149,17 +154,22 @@ def choose_divergence(divergence: str | Divergence, field: VectorField) -> Diver
     return named[divergence]
 
 
-def push(field: VectorField, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-    """(f, J·tangents) of shapes (batch, dim) and (k, batch, dim), for tangents of the latter."""
+def push(
+    field: VectorField, t: Tensor, x: Tensor, tangents: Tensor, *rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(f, J·tangents) of shapes (batch, dim) and (k, batch, dim), for tangents of the latter.
+
+    rows: what else the field takes of every row.
+    """
     carry: Callable[..., tuple[Tensor, Tensor]] | None = getattr(field, "tangent", None)
     if callable(carry):
-        return carry(t, x, tangents)
+        return carry(t, x, tangents, *rows)
 
     _load_forward_mode()
     x = x.contiguous()  # an expanded row cannot carry tangents
 
     def along(tangent: Tensor) -> Any:
-        return torch.func.jvp(lambda x: field(t, x), (x,), (tangent,))
+        return torch.func.jvp(lambda x: field(t, x, *rows), (x,), (tangent,))
 
     value_once: Any = (None, 0)  # the value is the same for all tangents
     along_all: Any = torch.func.vmap(along, out_dims=value_once, randomness="same")

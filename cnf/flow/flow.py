@@ -5,64 +5,70 @@ Time runs from t = 0, the base, to t = 1, the data.
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Literal, Self, overload
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Self, TypedDict, Unpack, overload
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Distribution
 
 from cnf.data.rows import as_rows
 from cnf.error import InputError, whole_number
-from cnf.flow.continuous import Solver, move, move_with_logdet
-from cnf.flow.divergence import Divergence, choose_divergence
-from cnf.flow.marginals import Marginals
-from cnf.flow.pilot import BANDWIDTHS, WIDTHS, Bandwidth, Shape
+from cnf.flow.accuracy import (
+    Info,
+    Request,
+    checked_error,
+    evaluated,
+    in_double,
+    joined,
+    valued,
+    within_error,
+)
+from cnf.flow.base import LearnedBase, drawn
+from cnf.flow.batch import as_batch, as_context, shaped_context
+from cnf.flow.budget import BUDGETS, METHODS, Tradeoff, tradeoff, with_budget
+from cnf.flow.check import Check, examined
+from cnf.flow.distribution import FlowDistribution, FlowTransform
 from cnf.flow.recipe import fit_flow
-from cnf.flow.storage import damaged, fill, pack, read, write
-from cnf.flow.transform import Whiten, standard_normal_log_prob
-from cnf.nets.mlp import MLP, BilinearMLP
-from cnf.ode.control import Adaptive, FixedStep
-from cnf.ode.gradient.problem import Gradient
-from cnf.ode.integrate import Stats
-from cnf.ode.method import Method
+from cnf.flow.setting import checked_guidance
+from cnf.flow.storage import damaged, fill, read, write
+from cnf.flow.transport import OwnField, Transport
 from cnf.ode.tableau import Tableau
 from cnf.training.loop import Progress
 from cnf.training.seed import seeded
 
-TO_BASE, TO_DATA = (1.0, 0.0), (0.0, 1.0)
 CHUNK = 16_384  # rows solved together where no gradient ties them
 
 
-@dataclass(frozen=True)
-class Info:
-    """How log-densities came about: evaluations of the field (the most of any chunk of rows), and
-    the divergence that was used.
-    """
+class How(TypedDict, total=False):
+    """How a flow's ODE is to be solved: a budget of evaluations, and the field's guidance."""
 
-    nfe: int
-    divergence: str
+    nfe: int | None
+    method: str | Tableau | None
+    guidance: float | None
 
 
-class Flow(nn.Module):
+class Flow(Transport):
     """A density over vectors of `dim` features; as a module, forward(x) is log_prob(x).
 
+    context: columns of what the density is conditional on, 0 for nothing; context_dropout: the
+    share of rows whose context is withheld in training, so that sampling can be guided.
     hidden: widths of the default field, (128, 128) until the first fit, which tries others if none
     are given; bandwidth: (low, high), the angular frequencies of its first layer's sines per
     standard deviation, None for no sines, "auto" likewise for (0.5, 6) until the first fit;
-    field: one's own f(t, x) → dx/dt instead, x (batch, dim), t 0-d or (batch,); base: a torch
-    distribution over vectors, by default the standard normal; divergence: "auto" (the closed form
-    where the field has one, else exact tangents), or a ClosedForm, Tangents or Hutchinson; whiten:
-    whether `fit` puts the data's affine whitening inside the flow; marginals: "auto" lets it put a
-    monotone map of every column before that where rows held out say so (skewed columns, columns
-    with edges), None does not; method, step_size, rtol, atol, gradient: as for `solve`;
-    logdet_atol: the tolerance of log-densities in nats per step; seed: of the initial weights.
-    An untrained flow is the identity: its density is the base's.
+    field: one's own f(t, x) → dx/dt instead, x (batch, dim), t 0-d or (batch,); where there is a
+    context f(t, x, c), with c (batch, context) standardized, and with context_dropout one column
+    more, 1 where the context is given and 0, as all of c, where it is withheld.
+    base: a torch distribution over vectors, or a DiagonalGaussian, StudentT or GaussianMixture,
+    which are learned; by default the standard normal; support: where the data can be, "positive" or
+    (low, high), numbers or one for each column, None or inf for no end; divergence: "auto" (the
+    closed form where the field has one, else exact tangents), or a ClosedForm, Tangents or
+    Hutchinson; whiten: whether `fit` puts the data's affine whitening inside the flow; marginals:
+    "auto" lets it put a monotone map of every column before that where rows held out say so (skewed
+    columns, columns with edges), None does not; method, step_size, rtol, atol, gradient: as for
+    `solve`; logdet_atol: the tolerance of log-densities in nats per step; seed: of the initial
+    weights.  An untrained flow is the identity: its density is the base's.
     Source: Chen et al. 2018, section 4; Grathwohl et al. 2019.
 
     >>> flow = Flow(2, seed=0)
@@ -72,150 +78,241 @@ class Flow(nn.Module):
     torch.Size([3, 2])
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        hidden: Sequence[int] | None = None,
-        bandwidth: tuple[float, float] | str | None = "auto",
-        field: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
-        base: Distribution | None = None,
-        divergence: str | Divergence = "auto",
-        whiten: bool = True,
-        marginals: str | None = "auto",
-        method: str | Tableau | Method = "dopri5",
-        step_size: float | None = None,
-        rtol: float = 1e-5,
-        atol: float = 1e-5,
-        logdet_atol: float = 1e-4,
-        gradient: str | Gradient = "checkpoint",
-        seed: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.dim = dim = whole_number("dim", dim, 1)
-        self._open_shape = (hidden is None, isinstance(bandwidth, str))
-        self.shape = Shape(_checked_widths(hidden), _checked_bandwidth(bandwidth))
-        self.whitens = whiten
-        if marginals not in ("auto", None):
-            raise InputError(f"marginals must be 'auto' or None, got {marginals!r}")
-        self.maps_marginals = marginals is not None
-        self.divergence = divergence
-        adaptive = Adaptive(rtol, atol, quadrature_atol=logdet_atol)
-        control = adaptive if step_size is None else FixedStep(step_size)
-        self.solver = Solver(method, control, gradient)
-        self.base = _checked_base(base, dim)
-        self.marginals = Marginals(dim)
-        self.whitening = Whiten(dim)
-        if field is not None and not callable(field):
-            raise InputError(f"field must be a function f(t, x) or a module, got {field!r}")
-        self.has_own_field = field is not None
-        if field is None:
-            with seeded(seed, torch.get_default_device()):
-                field = self.new_field(self.shape)
-        else:
-            self._open_shape = (False, False)
-        self.field = field
-        self.chosen_divergence()  # a name that does not exist is refused here
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.log_prob(x, context)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.log_prob(x)
+    # densities --------------------------------------------------------------------------------
 
     @overload
     def log_prob(
-        self, x: Any, *, return_info: Literal[False] = False, chunk: int = ...
+        self,
+        x: Any,
+        context: Any = ...,
+        *,
+        return_info: Literal[False] = False,
+        error: float | None = ...,
+        chunk: int = ...,
+        **how: Unpack[How],
     ) -> Tensor: ...
     @overload
     def log_prob(
-        self, x: Any, *, return_info: Literal[True], chunk: int = ...
+        self,
+        x: Any,
+        context: Any = ...,
+        *,
+        return_info: Literal[True],
+        error: float | None = ...,
+        chunk: int = ...,
+        **how: Unpack[How],
     ) -> tuple[Tensor, Info]: ...
     def log_prob(
-        self, x: Any, *, return_info: bool = False, chunk: int = CHUNK
+        self,
+        x: Any,
+        context: Any = None,
+        *,
+        return_info: bool = False,
+        error: float | None = None,
+        chunk: int = CHUNK,
+        **how: Unpack[How],
     ) -> Tensor | tuple[Tensor, Info]:
         """Log-density in nats, of shape (…) for x of shape (…, dim); differentiable.
 
-        x: tensor, array or data frame; chunk: rows solved together; return_info: return
-        (log_prob, Info).  Raises InputError for a wrong width or values that are not finite.
+        x: tensor, array or data frame; context: of shape (…, context), one for each row or one for
+        all; return_info: return (log_prob, Info), with what each value is worth, for about three
+        times the work; error: nats that each may be off, by which tolerance and probes are chosen;
+        nfe: a budget of evaluations instead of the flow's tolerance, with method, by default rk4;
+        guidance: of the field that is guided so, see `sample`; chunk: rows solved together.
+        A row's value depends on no other row, nor on train() or eval(); points outside the support
+        have −∞.  Raises InputError for a wrong width or values that are not finite.
         """
-        rows, shape = self._rows(x)
-        divergence = self.chosen_divergence()
-        parts, nfe = [], 0
-        for x in self._chunks(rows, whole_number("chunk", chunk, 1)):
-            solver = self.solver.for_rows(self.field, x)
-            part, stats = self.log_prob_of_rows(x, divergence, solver)
-            parts.append(part)
-            nfe = max(nfe, stats.calls)
-        log_prob = torch.cat(parts).reshape(shape)
-        return (log_prob, Info(nfe, type(divergence).__name__)) if return_info else log_prob
+        batch = as_batch(x, self.kind, context, self.context)
+        request = self._request(error=error, **how)
+        chunks = batch.chunks(whole_number("chunk", chunk, 1))
+        if not return_info and request.error is None:
+            parts = [evaluated(self, *rows, request)[0] for rows in chunks]
+            return torch.cat(parts).reshape(batch.shape)
+        value, twin = valued if request.error is None else within_error, in_double(self)
+        measured = [value(self, twin, *rows, request) for rows in chunks]
+        log_prob, info = joined(measured, batch.shape, request.divergence)
+        return (log_prob, info) if return_info else log_prob
 
-    def log_prob_of_rows(
-        self, x: Tensor, divergence: Divergence, solver: Solver
-    ) -> tuple[Tensor, Stats]:
-        """Log-density of rows (batch, dim) by a divergence and a solver, unchecked; the cost."""
-        z, logdet = self.white(x)
-        moved = move_with_logdet(self.field, divergence, z, TO_BASE, solver)
-        log_prob = self._base_log_prob(moved.x) + moved.logdet + logdet
-        return log_prob.to(x.dtype), moved.stats
+    @overload
+    def encode(
+        self,
+        x: Any,
+        context: Any = ...,
+        *,
+        return_logdet: Literal[False] = False,
+        **how: Unpack[How],
+    ) -> Tensor: ...
+    @overload
+    def encode(
+        self, x: Any, context: Any = ..., *, return_logdet: Literal[True], **how: Unpack[How]
+    ) -> tuple[Tensor, Tensor]: ...
+    def encode(
+        self, x: Any, context: Any = None, *, return_logdet: bool = False, **how: Unpack[How]
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The base's points, (…, dim), that the flow carries to x (…, dim).
+
+        With return_logdet=True (points, log |det dz/dx| of shape (…)).  The other arguments are
+        those of `log_prob`.  Raises InputError for points outside the support.
+        """
+        batch = as_batch(x, self.kind, context, self.context)
+        request = self._request(**how)
+        parts = [self.encoded(*rows, request, return_logdet) for rows in batch.chunks(CHUNK)]
+        z = torch.cat([z for z, _ in parts]).reshape(*batch.shape, self.dim)
+        if not return_logdet:
+            return z
+        return z, torch.cat([logdet for _, logdet in parts]).reshape(batch.shape)
+
+    def check(self, x: Any, context: Any = None) -> Check:
+        """What the flow's log-densities are worth, measured on rows x (rows, dim): printed it is a
+        table and a verdict in a sentence.
+        """
+        batch = as_batch(x, self.kind, context, self.context)
+        if len(batch.x) < 2:
+            raise InputError(f"x has {len(batch.x)} rows; give at least 2 to check the flow on")
+        return examined(self, *next(batch.chunks(len(batch.x))))
+
+    def tradeoff(
+        self,
+        x: Any,
+        context: Any = None,
+        *,
+        methods: Sequence[str] = METHODS,
+        nfe: Sequence[int] = BUDGETS,
+    ) -> Tradeoff:
+        """Error and time of log_prob and of sampling against the number of evaluations, for several
+        methods, on rows x (rows, dim); printed it is a table.
+        """
+        batch = as_batch(x, self.kind, context, self.context)
+        if len(batch.x) < 2:
+            raise InputError(f"x has {len(batch.x)} rows; give at least 2 to compare settings on")
+        return tradeoff(self, *next(batch.chunks(len(batch.x))), methods, nfe)
+
+    # samples ----------------------------------------------------------------------------------
 
     @overload
     def sample(
-        self, n: int, *, return_log_prob: Literal[False] = False, seed: int | None = ...
+        self,
+        n: int,
+        context: Any = ...,
+        *,
+        return_log_prob: Literal[False] = False,
+        seed: int | None = ...,
+        **how: Unpack[How],
     ) -> Tensor: ...
     @overload
     def sample(
-        self, n: int, *, return_log_prob: Literal[True], seed: int | None = ...
+        self,
+        n: int,
+        context: Any = ...,
+        *,
+        return_log_prob: Literal[True],
+        seed: int | None = ...,
+        **how: Unpack[How],
     ) -> tuple[Tensor, Tensor]: ...
     @torch.no_grad()
     def sample(
-        self, n: int, *, return_log_prob: bool = False, seed: int | None = None
+        self,
+        n: int,
+        context: Any = None,
+        *,
+        return_log_prob: bool = False,
+        seed: int | None = None,
+        **how: Unpack[How],
     ) -> Tensor | tuple[Tensor, Tensor]:
         """n draws of shape (n, dim), without gradients; with their log-densities if asked for.
 
-        seed: the same draws every time; None draws from torch's generator.
+        context: one for all draws, (context,), or one for each, (n, context); seed: the same draws
+        every time, None draws from torch's generator; nfe, method: a budget of evaluations, as for
+        `log_prob`; guidance: how far the field follows the context, 1 as it was learned, more to
+        exaggerate it, for a flow with context_dropout; the log-densities are then those of the
+        guided field.
         """
         if return_log_prob:
-            return self.rsample(n, return_log_prob=True, seed=seed)
-        return self.rsample(n, seed=seed)
+            return self.rsample(n, context, return_log_prob=True, seed=seed, **how)
+        return self.rsample(n, context, seed=seed, **how)
 
     @overload
     def rsample(
-        self, n: int, *, return_log_prob: Literal[False] = False, seed: int | None = ...
+        self,
+        n: int,
+        context: Any = ...,
+        *,
+        return_log_prob: Literal[False] = False,
+        seed: int | None = ...,
+        **how: Unpack[How],
     ) -> Tensor: ...
     @overload
     def rsample(
-        self, n: int, *, return_log_prob: Literal[True], seed: int | None = ...
+        self,
+        n: int,
+        context: Any = ...,
+        *,
+        return_log_prob: Literal[True],
+        seed: int | None = ...,
+        **how: Unpack[How],
     ) -> tuple[Tensor, Tensor]: ...
     def rsample(
-        self, n: int, *, return_log_prob: bool = False, seed: int | None = None
+        self,
+        n: int,
+        context: Any = None,
+        *,
+        return_log_prob: bool = False,
+        seed: int | None = None,
+        **how: Unpack[How],
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """n draws of shape (n, dim), differentiable by the flow's parameters.
+        """n draws of shape (n, dim), differentiable by the flow's parameters; see `sample`.
 
         With return_log_prob=True (draws, log-densities (n,)) from one solve.
         """
-        z = self._draw_base(whole_number("n", n, 0), seed)
-        parts = [self._decode(rows, return_log_prob) for rows in z.split(CHUNK)]
+        n = whole_number("n", n, 0)
+        given = as_context(context, torch.Size([n]), self.kind, self.context)
+        request = self._request(**how)
+        with seeded(seed, self.device):
+            z = drawn(self.base, n, self.dim, self.dtype, self.device)
+        contexts = [None] * len(z.split(CHUNK)) if given is None else given.split(CHUNK)
+        pairs = zip(z.split(CHUNK), contexts, strict=True)
+        parts = [self.decoded(*rows, request, return_log_prob) for rows in pairs]
         x = torch.cat([part for part, _ in parts])
-        if not return_log_prob:
-            return x
-        return x, torch.cat([log_prob for _, log_prob in parts])
+        return (x, torch.cat([log_prob for _, log_prob in parts])) if return_log_prob else x
 
-    def encode(self, x: Any) -> Tensor:
-        """The base's points, (…, dim), that the flow carries to x (…, dim)."""
-        rows, shape = self._rows(x)
-        parts = [
-            move(self.field, self.white(part)[0], TO_BASE, self.solver.for_rows(self.field, part))
-            for part in self._chunks(rows, CHUNK)
-        ]
-        return torch.cat(parts).reshape(*shape, self.dim)
-
-    def decode(self, z: Any) -> Tensor:
+    def decode(self, z: Any, context: Any = None, **how: Unpack[How]) -> Tensor:
         """The points x, (…, dim), to which the flow carries the base's z (…, dim)."""
-        rows, shape = self._rows(z, "z")
-        parts = [self._decode(part, False)[0] for part in self._chunks(rows, CHUNK, "z")]
-        return torch.cat(parts).reshape(*shape, self.dim)
+        batch = as_batch(z, self.kind, context, self.context, "z")
+        request = self._request(**how)
+        parts = [self.decoded(*rows, request, False)[0] for rows in batch.chunks(CHUNK)]
+        return torch.cat(parts).reshape(*batch.shape, self.dim)
+
+    def dist(
+        self,
+        context: Any = None,
+        *,
+        guidance: float | None = None,
+        validate_args: bool | None = None,
+    ) -> FlowDistribution:
+        """The flow as a torch distribution over vectors; its batch shape is the context's, less the
+        columns.
+        """
+        checked_guidance(guidance, self.context, self.context_dropout)
+        given = shaped_context(context, self.kind, self.context)
+        return FlowDistribution(self, given, guidance=guidance, validate_args=validate_args)
+
+    @property
+    def transform(self) -> FlowTransform:
+        """The map from the base's points to the data's as a torch transform; that of a conditional
+        flow is `dist(context).transform`.
+        """
+        shaped_context(None, self.kind, self.context)  # refused where there should be one
+        return FlowTransform(self)
+
+    # fitting ----------------------------------------------------------------------------------
 
     def fit(
         self,
         x: Any,
+        context: Any = None,
         *,
         method: str = "auto",
         seconds: float | None = None,
@@ -230,18 +327,20 @@ class Flow(nn.Module):
     ) -> Self:
         """This flow, fitted to rows x of shape (rows, dim); a second fit goes on from here.
 
+        context: (rows, context), where the flow takes one.
         method: "fm" (flow matching), "ml" (maximum likelihood), or "auto": the first as a warm
         start, then the second.  What is open of the default field is chosen first, by short trials
         that are judged on the validation rows.  seconds or steps: the budget, by default 50
-        seconds; validation: a share of the rows, or rows of their own, on which the best weights
-        are chosen; callback: is given a Progress record after every step; progress: a bar on
-        stderr.
+        seconds; validation: a share of the rows, or rows of their own (with a context a pair of
+        both), on which the best weights are chosen; callback: is given a Progress record after
+        every step; progress: a bar on stderr.
         Raises InputError for data that cannot be fitted; IntegrationError or TrainingError where
         training cannot go on.
         """
         fit_flow(
             self,
             x,
+            context,
             method=method,
             seconds=seconds,
             steps=steps,
@@ -255,20 +354,23 @@ class Flow(nn.Module):
         )
         return self
 
-    def whiten(self, x: Any) -> Self:
+    def whiten(self, x: Any, context: Any = None) -> Self:
         """This flow with its maps set from data (rows, dim): the columns' own, if any are called
-        for, then an affine one of full covariance, shrunk.
+        for, then an affine one of full covariance, shrunk; contexts are standardized.
         """
         rows = as_rows(x, self.dim, dtype=self.dtype)
+        self.support.refuse_outside(rows)
+        if self.contexts is not None:
+            self.contexts.fit(as_rows(context, self.context, name="context", dtype=self.dtype))
+        elif context is not None:
+            as_context(context, torch.Size([len(rows)]), self.kind, 0)  # refused
+        inner = self.support(rows)[0]
         if self.maps_marginals:
-            self.marginals.fit(rows)
-        self.whitening.fit(self.marginals(rows)[0])
+            self.marginals.fit(inner)
+        self.whitening.fit(self.marginals(inner)[0])
         return self
 
-    def white(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x, (batch, dim), where the ODE ends: whitened; log |det| of that map, (batch,)."""
-        y, logdet = self.marginals(x)
-        return self.whitening(y), logdet + self.whitening.logdet()
+    # files and settings ------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights and settings to one .safetensors file, atomically."""
@@ -279,8 +381,8 @@ class Flow(nn.Module):
         cls,
         path: str | os.PathLike[str],
         *,
-        field: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
-        base: Distribution | None = None,
+        field: OwnField | None = None,
+        base: Distribution | LearnedBase | None = None,
     ) -> Self:
         """The flow in a file that `save` wrote; no code of the file is run.
 
@@ -294,6 +396,7 @@ class Flow(nn.Module):
                     f"{path} was saved with a {name} of its own, {stored}; hand it in "
                     f"again: Flow.load(path, {name}=…)"
                 )
+        base = settings.pop("base", None) if base is None else base
         try:
             flow = cls(**settings, field=field, base=base)
             flow.to(tensors["whitening.mean"].dtype)
@@ -305,163 +408,18 @@ class Flow(nn.Module):
         fill(flow, tensors, path)
         return flow
 
-    @property
-    def hidden(self) -> tuple[int, ...]:
-        """Widths of the default field's hidden layers."""
-        return self.shape.hidden
-
-    @property
-    def open_shape(self) -> tuple[bool, bool]:
-        """Whether a fit may choose the widths, and the bandwidth: of an untrained field alone."""
-        open_to_fit = any(self._open_shape) and not self.field.out.any()  # pyright: ignore
-        return self._open_shape if open_to_fit else (False, False)
-
-    def new_field(self, shape: Shape) -> MLP:
-        """A default field of that shape, untrained, where the flow is and of its precision."""
-        kind = BilinearMLP if len(shape.hidden) <= 2 else MLP
-        field = kind(self.dim, shape.hidden, bandwidth=shape.bandwidth)
-        return field.to(self.device, self.dtype)
-
-    def take_field(self, field: nn.Module, shape: Shape) -> None:
-        """Put another default field in the place of this one; its shape is then settled."""
-        self.field, self.shape, self._open_shape = field, shape, (False, False)
-
-    def chosen_divergence(self) -> Divergence:
-        """The divergence in use: what "auto" stands for with this field."""
-        return choose_divergence(self.divergence, self.field)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The settings that make this flow again, as JSON values."""
-        control = self.solver.control
-        adaptive = control if isinstance(control, Adaptive) else Adaptive()
-        return {
-            "dim": self.dim,
-            "hidden": list(self.shape.hidden),
-            "bandwidth": self.shape.bandwidth,
-            "divergence": pack("divergence", self.divergence),
-            "whiten": self.whitens,
-            "marginals": "auto" if self.maps_marginals else None,
-            "method": pack("method", self.solver.method),
-            "step_size": control.step_size if isinstance(control, FixedStep) else None,
-            "rtol": adaptive.rtol,
-            "atol": adaptive.atol,
-            "logdet_atol": adaptive.quadrature_atol,
-            "gradient": pack("gradient", self.solver.gradient),
-            "own_field": _name_of(self.field) if self.has_own_field else None,
-            "own_base": _name_of(self.base) if self.has_own_base else None,
-        }
-
-    @property
-    def has_own_base(self) -> bool:
-        return self.base is not None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.whitening.mean.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.whitening.mean.device
-
-    def _decode(self, z: Tensor, with_log_prob: bool) -> tuple[Tensor, Tensor]:
-        solver = self.solver.for_rows(self.field, z)
-        if not with_log_prob:
-            x = self._unwhite(move(self.field, z, TO_DATA, solver))
-            return x, x.new_empty(0)
-        moved = move_with_logdet(self.field, self.chosen_divergence(), z, TO_DATA, solver)
-        x = self._unwhite(moved.x)
-        log_prob = self._base_log_prob(z) - moved.logdet + self.white(x)[1]
-        return x, log_prob.to(z.dtype)
-
-    def _unwhite(self, z: Tensor) -> Tensor:
-        return self.marginals.invert(self.whitening.invert(z))
-
-    def _base_log_prob(self, z: Tensor) -> Tensor:
-        if self.base is None or len(z) == 0:  # torch's Independent fails without rows
-            return standard_normal_log_prob(z)
-        return self.base.log_prob(z)
-
-    def _draw_base(self, n: int, seed: int | None) -> Tensor:
-        with seeded(seed, self.device):
-            if self.base is None:
-                return torch.randn(n, self.dim, dtype=self.dtype).to(self.device)
-            drawn = self.base.rsample((n,)) if self.base.has_rsample else self.base.sample((n,))
-            return drawn.to(self.device, self.dtype)
-
-    def _rows(self, x: Any, name: str = "x") -> tuple[Any, torch.Size]:
-        """x as checked rows (batch, dim), and the shape of what is said of each."""
-        if isinstance(x, np.memmap) and x.ndim == 2 and x.shape[1] == self.dim:
-            return x, torch.Size([len(x)])  # read chunk by chunk, and checked there
-        if isinstance(x, list | tuple):
-            with suppress(ValueError, TypeError, RuntimeError):  # ragged: as_rows says what of it
-                x = np.asarray(x)
-        shape = tuple(getattr(x, "shape", ()))
-        if shape[-1:] != (self.dim,):
-            rows = as_rows(x, self.dim, name=name, dtype=self.dtype, device=self.device)
-            return rows, torch.Size([len(rows)])
-        if len(shape) != 2:
-            x = (x if isinstance(x, Tensor) else np.asarray(x)).reshape(-1, self.dim)
-        if 0 in shape:
-            empty = x if isinstance(x, Tensor) else torch.empty(0, self.dim)
-            return empty.to(self.device, self.dtype), torch.Size(shape[:-1])
-        rows = as_rows(x, self.dim, name=name, dtype=self.dtype, device=self.device)
-        return rows, torch.Size(shape[:-1])
-
-    def _chunks(self, rows: Any, size: int, name: str = "x") -> Iterator[Tensor]:
-        """Consecutive rows, `size` at a time, as tensors of the flow's; one if there are none."""
-        for start in range(0, max(len(rows), 1), size):
-            part = rows[start : start + size]
-            if isinstance(part, Tensor):
-                yield part
-            else:
-                place = f"{name}[{start}:{start + len(part)}]"
-                yield as_rows(part, self.dim, name=place, dtype=self.dtype, device=self.device)
-
-
-def _name_of(value: Any) -> str:
-    kind = type(value)
-    return getattr(value, "__qualname__", f"{kind.__module__}.{kind.__qualname__}")
-
-
-def _checked_widths(hidden: Sequence[int] | None) -> tuple[int, ...]:
-    if hidden is None:
-        return WIDTHS[0]
-    try:
-        widths = tuple(whole_number("each width in hidden", width, 1) for width in hidden)
-    except TypeError:
-        widths = ()
-    if not widths:
-        raise InputError(f"hidden must hold one width or more, such as (128, 128), got {hidden!r}")
-    return widths
-
-
-def _checked_bandwidth(bandwidth: Any) -> Bandwidth:
-    if bandwidth is None:
-        return None
-    if bandwidth == "auto":
-        return BANDWIDTHS[0]
-    try:
-        low, high = (float(value) for value in bandwidth)
-    except (TypeError, ValueError):
-        low = high = math.nan
-    if not 0 < low <= high < math.inf:
-        raise InputError(
-            "bandwidth must be two angular frequencies 0 < low ≤ high such as (0.5, 6.0), None or "
-            f"'auto', got {bandwidth!r}"
-        )
-    return low, high
-
-
-def _checked_base(base: Distribution | None, dim: int) -> Distribution | None:
-    if base is None:
-        return None
-    if not isinstance(base, Distribution):
-        raise InputError(f"base must be a torch distribution, got {base!r}")
-    if tuple(base.event_shape) != (dim,) or base.batch_shape:
-        raise InputError(
-            f"base must be one distribution over vectors of {dim}, event_shape ({dim},) and "
-            f"batch_shape (), got {tuple(base.event_shape)} and {tuple(base.batch_shape)}; wrap it "
-            "in torch.distributions.Independent"
-        )
-    return base
+    def _request(
+        self,
+        *,
+        nfe: int | None = None,
+        method: str | Tableau | None = None,
+        guidance: float | None = None,
+        error: float | None = None,
+    ) -> Request:
+        """The solver and the field that were asked for, checked."""
+        error = checked_error(error)
+        if nfe is not None and error is not None:
+            raise InputError("nfe= is a budget and error= an aim: give one of them")
+        weight = checked_guidance(guidance, self.context, self.context_dropout)
+        solver = with_budget(self.solver, nfe, method)
+        return Request(self.chosen_divergence(), solver, weight, error)

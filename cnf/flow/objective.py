@@ -1,4 +1,4 @@
-"""Modules whose forward(x) is a loss, for `Flow.fit` and for one's own training loop."""
+"""Modules whose forward(x), or forward(x, context), is a loss, for `Flow.fit` and for one's own training loop."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from cnf.flow.conditioned import Conditioned
 from cnf.flow.continuous import Solver
 from cnf.flow.divergence import Divergence, Hutchinson
 from cnf.ode.control import Adaptive
@@ -24,8 +25,19 @@ class Trainable(Protocol):
 
     def chosen_divergence(self) -> Divergence: ...
     def white(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
+    def conditioned(
+        self,
+        context: Tensor | None = None,
+        guidance: float | None = None,
+        *,
+        training: bool = False,
+    ) -> Conditioned: ...
     def log_prob_of_rows(
-        self, x: Tensor, divergence: Divergence, solver: Solver
+        self,
+        x: Tensor,
+        divergence: Divergence,
+        solver: Solver,
+        conditioned: Conditioned | None = None,
     ) -> tuple[Tensor, Stats]: ...
 
 
@@ -43,14 +55,15 @@ class MaximumLikelihood(nn.Module):
         self.tolerance = tolerance
         self.nfe: int | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        conditioned = self.flow.conditioned(context, training=True)
         solver = self.flow.solver
         if self.tolerance is not None and isinstance(solver.control, Adaptive):
             # weights that need more steps are lost: let the loop skip the batch, and soon
             most = min(solver.max_steps, TRAINING_STEPS)
             solver = replace(solver.with_tolerance(self.tolerance), max_steps=most)
         divergence = fresh(self.flow.chosen_divergence())
-        log_prob, stats = self.flow.log_prob_of_rows(x, divergence, solver)
+        log_prob, stats = self.flow.log_prob_of_rows(x, divergence, solver, conditioned)
         self.nfe = stats.calls
         return -log_prob.mean()
 
@@ -62,6 +75,7 @@ class FlowMatching(nn.Module):
     random start; at z_t = (1 − t) z₀ + t z₁ the wanted velocity is E[z₁ − z₀ | z_t].  It is
     estimated from all z₁ of a group of `neighbours` rows, weighted by how likely each leads to z_t:
     with few dimensions this has a far lower variance than z₁ − z₀ alone, which is `neighbours=1`.
+    With contexts those of the group count that have the same one.
     It trains a flow with a standard normal base.
     Source: Lipman et al. 2023, section 4.1; Liu et al. 2023; weights: Xu et al. 2023, section 3.
     """
@@ -71,41 +85,46 @@ class FlowMatching(nn.Module):
         self.flow = flow
         self.neighbours = neighbours
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        field, rows, told = self.flow.conditioned(context, training=True)
         end = self.flow.white(x)[0]
         start = torch.randn_like(end)
         batch = len(end)
         t = (torch.rand((), device=end.device) + torch.arange(batch, device=end.device) / batch) % 1
         t = t.to(end.dtype)[torch.randperm(batch, device=end.device)]
         at = torch.lerp(start, end, t[:, None])
-        velocity = self._velocity(at, start, end, t)
-        return (self.flow.field(t, at) - velocity).square().sum(-1).mean()
+        velocity = self._velocity(at, start, end, t, told)
+        return (field(t, at, *rows) - velocity).square().sum(-1).mean()
 
-    def _velocity(self, at: Tensor, start: Tensor, end: Tensor, t: Tensor) -> Tensor:
+    def _velocity(
+        self, at: Tensor, start: Tensor, end: Tensor, t: Tensor, told: Tensor | None
+    ) -> Tensor:
         group = min(self.neighbours, len(end))
         if group <= 1:
             return end - start
         whole = len(end) // group * group
-        parts = [
-            expected_velocity(*(x[:whole].unflatten(0, (-1, group)) for x in (at, end, t))).flatten(
-                0, 1
-            )
-        ]
+        given = (at, end, t) if told is None else (at, end, t, told)
+        grouped = (x[:whole].unflatten(0, (-1, group)) for x in given)
+        parts = [expected_velocity(*grouped).flatten(0, 1)]
         if whole < len(end):
-            parts.append(expected_velocity(at[whole:], end[whole:], t[whole:]))
+            parts.append(expected_velocity(*(x[whole:] for x in given)))
         return torch.cat(parts)
 
 
-def expected_velocity(at: Tensor, end: Tensor, t: Tensor) -> Tensor:
+def expected_velocity(at: Tensor, end: Tensor, t: Tensor, told: Tensor | None = None) -> Tensor:
     """E[z₁ − z₀ | z_t = at] over the candidates `end`, for z₀ ~ N(0, I), of `at`'s shape.
 
-    at, end: (…, rows, dim); t: (…, rows).
+    at, end: (…, rows, dim); t: (…, rows); told: contexts (…, rows, columns), of which those that
+    differ make `end` no candidate.
     """
     t = t.unsqueeze(-1)
     noise = (1 - t).clamp_min(torch.finfo(t.dtype).eps)
     # log N(at; t·end, (1 − t)²) up to a constant of the row
     squares = end.square().sum(-1).unsqueeze(-2)
     logits = (t * (at @ end.transpose(-1, -2)) - 0.5 * t.square() * squares) / noise.square()
+    if told is not None:
+        same = (told.unsqueeze(-2) == told.unsqueeze(-3)).all(-1)
+        logits = logits.masked_fill(~same, -torch.inf)
     mean = torch.softmax(logits, -1) @ end
     return mean - (at - t * mean) / noise
 

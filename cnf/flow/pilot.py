@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cnf.flow.objective import FlowMatching, Trainable
-from cnf.training.loop import Best, Plan, Progress, put, train
+from cnf.training.loop import Batches, Best, Plan, Progress, put, train
 
 Bandwidth = tuple[float, float] | None
 BANDWIDTHS: tuple[Bandwidth, ...] = ((0.5, 6.0), (1.0, 12.0), (0.2, 2.0), None)
@@ -65,7 +65,7 @@ def pilot_plan(flow: Shapeable, plan: Plan) -> Plan | None:
 
 
 def choose_field(
-    flow: Shapeable, batches: Callable[[], Tensor], score: Score, plan: Plan
+    flow: Shapeable, batches: Batches, score: Score, plan: Plan
 ) -> Generator[Progress]:
     """Give the flow the field under which unseen rows are most likely; records of all trials.
 
@@ -108,7 +108,7 @@ class _Trial:
         self.log_prob = torch.tensor([-math.inf])
         flow.take_field(self.field, shape)
 
-    def run(self, batches: Callable[[], Tensor], score: Score, plan: Plan) -> Generator[Progress]:
+    def run(self, batches: Batches, score: Score, plan: Plan) -> Generator[Progress]:
         """Train by flow matching; the records."""
         best = Best()
         yield from train(FlowMatching(self.flow), batches, plan, validate=score, best=best)

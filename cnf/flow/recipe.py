@@ -20,9 +20,11 @@ from tqdm import tqdm
 
 from cnf.data.rows import HUGE, as_rows, as_table, check_values, quoted, reason
 from cnf.error import InputError, IntegrationError, whole_number
+from cnf.flow.batch import Kind, shaped_context
 from cnf.flow.objective import FlowMatching, MaximumLikelihood, Trainable
 from cnf.flow.pilot import choose_field, pilot_plan
-from cnf.training.loop import Best, Plan, Progress, put, train
+from cnf.flow.transform import Support
+from cnf.training.loop import Batch, Batches, Best, Plan, Progress, put, train
 from cnf.training.seed import seeded
 
 SECONDS = 50.0  # the default budget
@@ -42,6 +44,8 @@ class Fittable(Trainable, Protocol):
     """What fitting needs of a flow, which is an nn.Module besides."""
 
     dim: int
+    context: int
+    support: Support
     whitens: bool
     has_own_field: bool
 
@@ -55,12 +59,15 @@ class Fittable(Trainable, Protocol):
 
 @dataclass(frozen=True)
 class Split:
-    """Rows to train on, (rows, dim), in memory or mapped; and rows to validate on."""
+    """Rows to train on, (rows, dim), in memory or mapped; and rows to validate on.
+
+    Of a conditional flow each row goes on with its context, (rows, dim + context).
+    """
 
     training: Tensor | np.ndarray
     validation: Tensor
 
-    def batches(self, size: int, flow: Fittable) -> Callable[[], Tensor]:
+    def batches(self, size: int, flow: Fittable) -> Batches:
         """A function that gives the next batch at each call."""
         size = min(size, len(self.training))
         if isinstance(self.training, Tensor):
@@ -71,6 +78,7 @@ class Split:
 def fit_flow(
     flow: Any,
     x: Any,
+    context: Any = None,
     *,
     method: str,
     seconds: float | None,
@@ -91,9 +99,9 @@ def fit_flow(
     if not any(p.requires_grad for p in flow.parameters()):
         raise InputError("the flow has no parameters to fit; make its field a torch.nn.Module")
     with seeded(seed, flow.device):
-        split = split_rows(x, flow, validation)
+        split = split_rows(x, flow, validation, context)
         if flow.whitens and not flow.whitening.is_fitted:
-            flow.whiten(_sample_of(split.training, flow))
+            flow.whiten(*in_parts(_sample_of(split.training, flow), flow))
         batches = split.batches(batch_size, flow)
         records = _run(flow, plans, batches, split.validation)
         shown = _bar(records, plans) if progress else records
@@ -118,7 +126,7 @@ def _move(flow: Any, device: str | torch.device) -> None:
 
 
 def _run(
-    flow: Any, plans: list[Plan], batches: Callable[[], Tensor], validation: Tensor
+    flow: Any, plans: list[Plan], batches: Batches, validation: Tensor
 ) -> Generator[Progress]:
     """The records of all phases; whatever ends them, the flow is left with its best weights."""
     elapsed = 0.0
@@ -224,23 +232,36 @@ def _takes_batched_times(flow: Any) -> bool:
     t = torch.linspace(0.1, 0.9, len(x), dtype=flow.dtype, device=flow.device)
     try:
         with torch.no_grad():
-            return flow.field(t, x).shape == x.shape
+            given = x.new_zeros(len(x), flow.context) if flow.context else None
+            field, rows, _ = flow.conditioned(given, training=True)
+            return field(t, x, *rows).shape == x.shape
     except Exception:
         return False
 
 
-def split_rows(x: Any, flow: Fittable, validation: float | Any) -> Split:
-    """Training and validation rows, on the CPU, drawn with torch's generator."""
+def split_rows(x: Any, flow: Fittable, validation: float | Any, context: Any = None) -> Split:
+    """Training and validation rows, on the CPU, drawn with torch's generator.
+
+    context: one for each row, where the flow takes any; validation is then a share, or a pair of
+    rows and contexts.
+    """
+    if flow.context or context is not None:
+        x, validation = _with_contexts(x, context, validation, flow)
+        width = flow.dim + flow.context
+    else:
+        width = flow.dim
     lazy = isinstance(x, np.memmap) and x.ndim == 2 and x.nbytes > LAZY_BYTES
     if lazy and x.shape[1] != flow.dim:
         raise InputError(f"x must have {flow.dim} columns, got {x.shape[1]}")
     if lazy:  # one look at every row now, rather than a failure in the middle
         check_values(as_table(x, "x"), "x", HUGE, [str(i) for i in range(flow.dim)])
-    rows = x if lazy else as_rows(x, flow.dim, dtype=flow.dtype).detach().cpu()
+    rows = x if lazy else as_rows(x, width, dtype=flow.dtype).detach().cpu()
+    if isinstance(rows, Tensor):
+        flow.support.refuse_outside(rows[:, : flow.dim])
     if len(rows) < LEAST_ROWS:
         raise InputError(f"x has {len(rows)} rows; a density needs at least {LEAST_ROWS}")
     if not (isinstance(validation, Real) or validation is None):
-        return Split(rows, as_rows(validation, flow.dim, name="validation", dtype=flow.dtype))
+        return Split(rows, as_rows(validation, width, name="validation", dtype=flow.dtype))
     share = math.nan if validation is None else float(validation)
     if not 0 < share < 1:
         raise InputError(f"validation must be a share between 0 and 1 or rows, got {validation!r}")
@@ -257,6 +278,38 @@ def split_rows(x: Any, flow: Fittable, validation: float | Any) -> Split:
     return Split(rows[order[count:]], rows[order[:count]])
 
 
+def _with_contexts(
+    x: Any, context: Any, validation: float | Any, flow: Fittable
+) -> tuple[Tensor, float | Any]:
+    """Rows that go on with their contexts, and the validation rows likewise if there are any."""
+    if not (isinstance(validation, Real) or validation is None):
+        try:
+            rows, given = validation
+        except (TypeError, ValueError):
+            raise InputError(
+                "validation of a conditional flow must be a share or a pair (rows, contexts)"
+            ) from None
+        validation = _joined(rows, given, flow, "validation")
+    return _joined(x, context, flow, "x"), validation
+
+
+def _joined(x: Any, context: Any, flow: Fittable, name: str) -> Tensor:
+    rows = as_rows(x, flow.dim, name=name, dtype=flow.dtype).detach().cpu()
+    kind = Kind(flow.dim, flow.dtype, torch.device("cpu"))
+    given = shaped_context(context, kind, flow.context)
+    if given is None or given.shape[:-1] != rows.shape[:1]:
+        found = None if given is None else tuple(given.shape)
+        raise InputError(
+            f"context has shape {found}, but {name} has {len(rows)} rows; give one for each"
+        )
+    return torch.cat([rows, given.detach()], 1)
+
+
+def in_parts(rows: Tensor, flow: Fittable) -> tuple[Tensor, ...]:
+    """(x,), or (x, contexts) of a conditional flow, of rows that go on with their contexts."""
+    return (rows,) if not flow.context else (rows[:, : flow.dim], rows[:, flow.dim :])
+
+
 class _Shuffled:
     """Batches of rows in memory: all of them in a new order, again and again."""
 
@@ -264,11 +317,12 @@ class _Shuffled:
         self._rows, self._size, self._flow = rows, size, flow
         self._order = torch.empty(0, dtype=torch.long)
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> Batch:
         if len(self._order) < self._size:
             self._order = torch.cat([self._order, torch.randperm(len(self._rows))])
         chosen, self._order = self._order[: self._size], self._order[self._size :]
-        return self._rows[chosen].to(self._flow.device)
+        rows = self._rows[chosen].to(self._flow.device)
+        return in_parts(rows, self._flow) if self._flow.context else rows
 
 
 class _Drawn:
@@ -288,7 +342,7 @@ def _sample_of(rows: Tensor | np.ndarray, flow: Fittable) -> Tensor:
     count = min(WHITENING_ROWS, len(rows))
     # at random: rows that came with validation rows of their own may be sorted
     chosen = np.sort(np.random.default_rng(0).choice(len(rows), count, replace=False))
-    return as_rows(rows[chosen], flow.dim, dtype=flow.dtype)
+    return as_rows(rows[chosen], flow.dim + flow.context, dtype=flow.dtype)
 
 
 class _Score:
@@ -306,10 +360,12 @@ class _Score:
     @torch.no_grad()
     def __call__(self) -> float:
         flow = self._flow
-        rows = self._rows.to(flow.device, flow.dtype)
+        rows, *context = in_parts(self._rows.to(flow.device, flow.dtype), flow)
         solver = replace(flow.solver, max_steps=self._most)
         try:
-            log_prob, stats = flow.log_prob_of_rows(rows, flow.chosen_divergence(), solver)
+            conditioned = flow.conditioned(*context)
+            divergence = flow.chosen_divergence()
+            log_prob, stats = flow.log_prob_of_rows(rows, divergence, solver, conditioned)
         except IntegrationError:
             self.log_prob = torch.full((len(rows),), -math.inf)
             return math.inf

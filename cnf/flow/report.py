@@ -44,6 +44,26 @@ class LearnedDensity(Protocol):
     def decode(self) -> Any: ...
 
 
+class Given:
+    """A conditional flow given one context for all rows, or each row's own; a learned density."""
+
+    def __init__(self, flow: Any, context: Tensor | None) -> None:
+        self._flow, self._context = flow, context
+        self.dim: int = flow.dim
+
+    def log_prob(self, x: Tensor, **settings: Any) -> Any:
+        return self._flow.log_prob(x, self._context, **settings)
+
+    def sample(self, n: int, **settings: Any) -> Tensor:
+        return self._flow.sample(n, self._context, **settings)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self._flow.encode(x, self._context)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self._flow.decode(z, self._context)
+
+
 class RoundTrip(NamedTuple):
     """The largest |decode(encode(x)) − x|, in x's units and in its columns' standard deviations."""
 
@@ -115,17 +135,25 @@ def measured(value: float, error: float | None) -> str:
 
 @torch.no_grad()
 def held_out(
-    flow: LearnedDensity, x: Tensor, law: Law | None = None, levels: int | None = None
+    flow: LearnedDensity,
+    x: Tensor,
+    law: Law | None = None,
+    levels: int | None = None,
+    context: Tensor | None = None,
 ) -> Report:
     """The report of a flow on rows that it was not fitted to.
 
     x: (rows, dim), or (draws, rows, dim) where a row was drawn with several noises: its value is
     then the mean over them; law: the density the rows come from, for the gap; levels: values a
-    feature could take before noise and division by levels, for bits per dimension.
-    The mass is found in one and two dimensions.
+    feature could take before noise and division by levels, for bits per dimension; context: that of
+    every row of a conditional flow, (rows, columns).
+    The mass is found in one and two dimensions, of a density that depends on nothing.
     """
     x = x if x.dim() == 3 else x[None]
     rows = x.flatten(0, 1)
+    is_conditional = context is not None
+    if is_conditional:
+        flow = Given(flow, context.repeat(len(x), 1))
     log_prob, info = flow.log_prob(rows, return_info=True)
     values = log_prob.cpu().double().reshape(x.shape[:2]).mean(0)
     nll, nll_error = mean_and_error(-values)
@@ -138,7 +166,7 @@ def held_out(
         round_trip_relative=round_trip.relative,
         nfe=info.nfe,
         divergence=info.divergence,
-        mass=grid_mass(flow, rows, CELLS) if flow.dim <= 2 else None,
+        mass=grid_mass(flow, rows, CELLS) if flow.dim <= 2 and not is_conditional else None,
         **({} if law is None else _gap(values, x, law)),
         **({} if levels is None else _bits(values, flow.dim, levels)),
     )

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from cnf.error import InputError
+from cnf.flow.base import LEARNED, LearnedBase
 from cnf.flow.divergence import ClosedForm, Hutchinson, Tangents
 from cnf.ode.gradient.adjoint import Adjoint
 from cnf.ode.gradient.backprop import Backprop
@@ -37,6 +38,7 @@ VALUES = {
         Tableau,
     )
 }
+KINDS: dict[str, Any] = {**VALUES, **LEARNED}
 
 
 class Stored(NamedTuple):
@@ -50,6 +52,8 @@ def pack(name: str, value: Any) -> Any:
     """A setting as JSON: a plain value as it is, a known frozen value as its kind and fields."""
     if value is None or isinstance(value, str | int | float | bool):
         return value
+    if isinstance(value, LearnedBase) and type(value).__name__ in LEARNED:
+        return {"kind": type(value).__name__, **value.settings}
     if type(value).__name__ in VALUES:
         return {"kind": type(value).__name__, **asdict(value)}
     raise InputError(
@@ -62,7 +66,7 @@ def unpack(value: Any) -> Any:
     """A setting from JSON, the inverse of `pack`."""
     if isinstance(value, Mapping) and "kind" in value:
         fields = {key: part for key, part in value.items() if key != "kind"}
-        return VALUES[value["kind"]](**fields)
+        return KINDS[value["kind"]](**fields)
     return value
 
 

@@ -1,8 +1,8 @@
-"""Multilayer perceptrons as vector fields, conditioned on time by shifts and gates.
+"""Multilayer perceptrons as vector fields, conditioned on time and context by shifts and gates.
 
-Layer i computes h_i = g_i(t) ∘ φ_i(W_i h_{i−1} + u_i(t)); the output W h + u(t) has no gate, so
-that the matrix of the closed-form trace does not depend on t.  The shifts and gates are linear in
-Fourier features of t.
+Layer i computes h_i = g_i ∘ φ_i(W_i h_{i−1} + u_i); the output W h + u has no gate, so that the
+matrix of the closed-form trace depends on neither.  The shifts u and gates g are linear in Fourier
+features of t; what a context adds to them is a small net's output, computed once for each solve.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ from cnf.nets.activation import ACTIVATIONS
 from cnf.nets.bilinear import Layers, pull, value_and_trace
 
 
+CONTEXT_WIDTH = 64  # of the hidden layers that a context goes through
+
+
 class MLP(nn.Module):
     """A field f(t, x) of any depth; t: 0-d or (batch,); x: (batch, dim) → (batch, dim).
 
+    context: columns of what it depends on besides, 0 for nothing: it is then f(t, x, embed(c)).
     hidden: widths, one or more; bandwidth: (low, high), angular frequencies that the first layer's
     sines reach per unit of x, spread evenly on a log scale, or None for a first activation like the
     others; activation: "tanh", "silu" or "softplus"; frequencies: of the Fourier features of t.
@@ -37,6 +41,7 @@ class MLP(nn.Module):
         bandwidth: tuple[float, float] | None = (0.5, 6.0),
         activation: str = "tanh",
         frequencies: int = 4,
+        context: int = 0,
     ) -> None:
         super().__init__()
         if dim < 1 or not hidden or min(hidden) < 1:
@@ -53,6 +58,7 @@ class MLP(nn.Module):
         )
         self.out = nn.Parameter(torch.zeros(dim, widths[-1]))
         self.time = _TimeLayer(hidden, dim, frequencies)
+        self.given = _ContextNet(context, sum(self.time.sizes)) if context else None
         self._initialize(bandwidth)
 
     @property
@@ -70,20 +76,30 @@ class MLP(nn.Module):
             first.copy_(nn.functional.normalize(torch.randn_like(first), dim=1) * scales[:, None])
             nn.init.uniform_(self.time.shift_bias(0), -math.pi, math.pi)
 
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        shifts, gates, drift = self.time(t)
+    def embed(self, context: Tensor) -> Tensor:
+        """What contexts (batch, columns) add to all shifts and gates, (batch, …): what the field
+        takes in their place, once for each solve.
+        """
+        if self.given is None:
+            raise ValueError("the field depends on no context; make it with context=")
+        return self.given(context)
+
+    def forward(self, t: Tensor, x: Tensor, given: Tensor | None = None) -> Tensor:
+        shifts, gates, drift = self.time(t, given)
         for weight, shift, gate, name in zip(
             self.weights, shifts, gates, self.activations, strict=True
         ):
             x = ACTIVATIONS[name].value(_affine(x, weight, shift)) * gate
         return _affine(x, self.out, drift)
 
-    def tangent(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+    def tangent(
+        self, t: Tensor, x: Tensor, tangents: Tensor, given: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(f, J·tangents): tangents of shape (k, batch, dim) carried layer by layer beside x.
 
         Returns shapes (batch, dim) and (k, batch, dim).
         """
-        shifts, gates, drift = self.time(t)
+        shifts, gates, drift = self.time(t, given)
         for weight, shift, gate, name in zip(
             self.weights, shifts, gates, self.activations, strict=True
         ):
@@ -109,11 +125,15 @@ class BilinearMLP(MLP):
         inner = self.weights[0] @ self.out
         return (self.weights[1] * inner.T if len(self.weights) == 2 else inner.diagonal(),)
 
-    def with_divergence(self, t: Tensor, x: Tensor, mixing: Tensor) -> tuple[Tensor, Tensor]:
-        """(f, tr ∂f/∂x) of shapes (batch, dim) and (batch,); mixing: what `prepare` returned."""
-        if len(self.weights) == 2 and t.ndim == 0:
+    def with_divergence(self, t: Tensor, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """(f, tr ∂f/∂x) of shapes (batch, dim) and (batch,).
+
+        tensors: what `embed` returned, where there is a context, then what `prepare` returned.
+        """
+        *given, mixing = tensors
+        if len(self.weights) == 2 and t.ndim == 0 and not given:
             return value_and_trace(x, *self._layers(t, mixing))
-        shifts, gates, drift = self.time(t)
+        shifts, gates, drift = self.time(t, *given)
         h, slope = ACTIVATIONS[self.activations[0]].slope(_affine(x, self.weights[0], shifts[0]))
         h, slope = h * gates[0], slope * gates[0]
         if len(self.weights) == 1:
@@ -123,12 +143,15 @@ class BilinearMLP(MLP):
         return _affine(h * gates[1], self.out, drift), divergence
 
     def pull_divergence(
-        self, t: Tensor, x: Tensor, mixing: Tensor, value_bar: Tensor, trace_bar: Tensor
+        self, t: Tensor, x: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...], dict[Tensor, Tensor]] | None:
         """What `with_divergence` pulls cotangents back to: those of x, of what `prepare` returned,
         and of the parameters.  By its own formula, without a graph; None where it has none.
+
+        tensors: those of `with_divergence`, then the cotangents of f and of the trace.
         """
-        if len(self.weights) != 2 or t.ndim != 0:
+        *given, mixing, value_bar, trace_bar = tensors
+        if len(self.weights) != 2 or t.ndim != 0 or given:
             return None
         x_bar, bars = pull(x, *self._layers(t, mixing), value_bar, trace_bar)
         first, second = self.weights
@@ -179,8 +202,11 @@ class _TimeLayer(nn.Module):
         """The constant part of a hidden layer's shift."""
         return self.bias.split(self.sizes)[layer]
 
-    def forward(self, t: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor]:
-        parts = self.vector(t).split(self.sizes, -1)
+    def forward(
+        self, t: Tensor, given: Tensor | None = None
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor]:
+        vector = self.vector(t) if given is None else self.vector(t) + given
+        parts = vector.split(self.sizes, -1)
         layers = self.hidden_layers
         return parts[:layers], parts[layers:-1], parts[-1]
 
@@ -192,6 +218,22 @@ class _TimeLayer(nn.Module):
         """Fourier features of t, and t itself about the middle, (*t.shape, …)."""
         angle = torch.addcmul(self.phase, t.unsqueeze(-1), self.frequency)
         return torch.where(self.is_linear, angle, angle.cos())
+
+
+class _ContextNet(nn.Module):
+    """What a context adds to shifts and gates: a net of two hidden layers that starts at zero."""
+
+    def __init__(self, columns: int, outputs: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(columns, CONTEXT_WIDTH)
+        self.middle = nn.Linear(CONTEXT_WIDTH, CONTEXT_WIDTH)
+        self.outer = nn.Linear(CONTEXT_WIDTH, outputs)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, context: Tensor) -> Tensor:
+        hidden = nn.functional.silu(self.inner(context))
+        return self.outer(nn.functional.silu(self.middle(hidden)))
 
 
 def _affine(x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from cnf.error import IntegrationError, TrainingError
 
-Batches = Callable[[], Tensor]
+Batch = Tensor | tuple[Tensor, ...]
+Batches = Callable[[], Batch]
 Validate = Callable[[], float]
 
 PATIENCE_BATCHES = 50  # non-finite losses in a row before giving up
@@ -85,8 +86,9 @@ def train(
 ) -> Iterator[Progress]:
     """Train `module`, whose forward(batch) is the loss; a record after every step.
 
-    batches: the next batch at each call; validate: the score, with the averaged weights in place;
-    best: takes the best averaged weights, in the order of module.parameters().
+    batches: the next batch at each call, a tensor or a tuple of forward's arguments; validate: the
+    score, with the averaged weights in place; best: takes the best averaged weights, in the order
+    of module.parameters().
     A batch whose loss or gradient is not finite is skipped and counted; raises TrainingError after
     PATIENCE_BATCHES of them in a row.
     """
@@ -186,7 +188,7 @@ def put(parameters: list[nn.Parameter], weights: list[Tensor]) -> None:
 
 
 def _step(
-    module: nn.Module, batch: Tensor, optimizer: torch.optim.Optimizer, lr: float, clip: float
+    module: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, lr: float, clip: float
 ) -> float:
     """One optimizer step; the loss, or NaN where it was left out."""
     for group in optimizer.param_groups:
@@ -194,7 +196,7 @@ def _step(
     optimizer.zero_grad()
     try:
         with torch.enable_grad():
-            loss = module(batch)
+            loss = module(*batch) if isinstance(batch, tuple) else module(batch)
         if not math.isfinite(value := loss.item()):
             return math.nan
         loss.backward()

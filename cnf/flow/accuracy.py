@@ -1,0 +1,282 @@
+"""What the log-density of each row is worth, and settings under which it is worth enough."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from cnf.error import InputError
+from cnf.flow.conditioned import Conditioned
+from cnf.flow.continuous import TIGHTER, Solver
+from cnf.flow.divergence import ClosedForm, Divergence, Hutchinson, Tangents
+from cnf.ode.control import Adaptive
+from cnf.ode.integrate import Stats
+
+REPLICATES = 8  # draws of all probes, by which the spread of a trace estimate is told
+LOOSEST = 1e-3  # tolerance that is tried first where an error is to be kept
+TIGHTEST = {torch.float32: 1e-6, torch.float64: 1e-11}  # what rounding leaves room for
+MORE_PROBES = 4  # times as many halve the standard error
+HALVINGS = 12  # of fixed steps
+
+
+class Evaluable(Protocol):
+    """What is asked of a flow, which is an nn.Module besides."""
+
+    has_own_field: bool
+    field: Any
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    def conditioned(
+        self, context: Tensor | None = None, guidance: float | None = None
+    ) -> Conditioned: ...
+    def log_prob_of_rows(
+        self,
+        x: Tensor,
+        divergence: Divergence,
+        solver: Solver,
+        conditioned: Conditioned | None = None,
+    ) -> tuple[Tensor, Stats]: ...
+
+
+@dataclass(frozen=True)
+class Info:
+    """How log-densities came about, and what each is worth; tensors have the log-densities' shape.
+
+    nfe: evaluations of the field, the most of any chunk of rows; divergence: the one in use;
+    nfe_per_sample: what each row needed; integration_error: nats, the distance to the value under
+    tolerances ten times tighter (half the step), in float64 where the flow can be taken there, so
+    that rounding is part of it; trace_error: nats, the standard error of the estimated trace over
+    draws of its noise, 0 where the trace is exact, NaN for a divergence of one's own.
+    """
+
+    nfe: int
+    divergence: str
+    nfe_per_sample: Tensor
+    integration_error: Tensor
+    trace_error: Tensor
+
+
+class Request(NamedTuple):
+    """How log-densities are wanted; error: the most nats that each may be off, or None."""
+
+    divergence: Divergence
+    solver: Solver
+    guidance: float | None = None
+    error: float | None = None
+
+
+class Valued(NamedTuple):
+    """Log-densities of rows (batch,), and what they cost and are worth, each (batch,) too.
+
+    calls: evaluations of the field for all rows together.
+    """
+
+    log_prob: Tensor
+    calls: int
+    nfe: Tensor
+    integration_error: Tensor
+    trace_error: Tensor
+
+
+def in_double(flow: Evaluable) -> Any:
+    """The flow in float64, sharing nothing that could change; itself where it cannot be taken
+    there: a field of one's own may hold numbers of a precision of its own.
+    """
+    if flow.dtype == torch.float64 or flow.has_own_field or flow.device.type == "mps":
+        return flow
+    twin = copy.copy(flow)
+    modules = twin.__dict__["_modules"]
+    twin.__dict__["_modules"] = {
+        name: None if part is None else copy.deepcopy(part).double()
+        for name, part in modules.items()
+    }
+    return twin
+
+
+def evaluated(
+    flow: Evaluable, x: Tensor, context: Tensor | None, request: Request
+) -> tuple[Tensor, Stats]:
+    """Log-densities of rows x (batch, dim) given contexts (batch, k), and the cost."""
+    conditioned = flow.conditioned(context, request.guidance)
+    solver = request.solver.for_rows(conditioned.field, x, conditioned.rows)
+    return flow.log_prob_of_rows(x, request.divergence, solver, conditioned)
+
+
+def valued(
+    flow: Evaluable, twin: Any, x: Tensor, context: Tensor | None, request: Request
+) -> Valued:
+    """Log-densities of rows under the request, differentiable, and what they are worth.
+
+    twin: what `in_double` made of the flow; the request's error is left out of account.
+    """
+    log_prob, stats = evaluated(flow, x, context, request)
+    nfe = torch.as_tensor(stats.nfe).expand(len(x))
+    with torch.no_grad():
+        off, noise = _errors(flow, twin, x, context, request, log_prob)
+    return Valued(log_prob, stats.calls, nfe, off, noise)
+
+
+def _errors(
+    flow: Evaluable,
+    twin: Any,
+    x: Tensor,
+    context: Tensor | None,
+    request: Request,
+    log_prob: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(integration error, trace error) of log-densities, in float64."""
+    tighter = request._replace(solver=_reference(request.solver, twin.dtype))
+    rows = x.to(twin.dtype)
+    given = None if context is None else context.to(twin.dtype)
+    divergence = request.divergence
+    if isinstance(divergence, Hutchinson):
+        spread = [
+            evaluated(twin, rows, given, tighter._replace(divergence=draw))[0]
+            for draw in _draws(divergence)
+        ]
+        noise = torch.stack(spread).double().std(0)
+        if divergence.seed is None:  # another noise than the log-densities had
+            return _apart(*_same_noise(twin, rows, given, request, tighter)), noise
+    else:
+        exact = isinstance(divergence, ClosedForm | Tangents)
+        noise = torch.full_like(log_prob, 0.0 if exact else math.nan).double()
+    return _apart(evaluated(twin, rows, given, tighter)[0], log_prob), noise
+
+
+def _reference(solver: Solver, dtype: torch.dtype) -> Solver:
+    """The solver to compare with: tighter, or looser where rounding allows no tighter."""
+    control = solver.control
+    if isinstance(control, Adaptive) and control.rtol / TIGHTER < TIGHTEST.get(dtype, 0.0):
+        return solver.tighter(1 / TIGHTER)
+    return solver.tighter()
+
+
+def _draws(divergence: Hutchinson) -> list[Hutchinson]:
+    """The same estimate with other noises: seeds of their own, far from those a user counts up."""
+    first = (0 if divergence.seed is None else divergence.seed) + 1_000_003
+    return [replace(divergence, seed=first + i) for i in range(REPLICATES)]
+
+
+def _same_noise(
+    twin: Any, x: Tensor, context: Tensor | None, request: Request, tighter: Request
+) -> tuple[Tensor, Tensor]:
+    """The log-densities of both requests with one noise for both."""
+    (draw, *_) = _draws(replace(request.divergence, seed=None))  # type: ignore[type-var]
+    one = evaluated(twin, x, context, request._replace(divergence=draw))[0]
+    return one, evaluated(twin, x, context, tighter._replace(divergence=draw))[0]
+
+
+def _apart(one: Tensor, other: Tensor) -> Tensor:
+    """|one − other| in float64; 0 where both are the same, infinite or not."""
+    one, other = one.double(), other.double()
+    return torch.where(one == other, 0.0, (one - other).abs())
+
+
+def checked_error(error: Any) -> float | None:
+    """`error` as a number of nats, or None; raises InputError for any other."""
+    if error is None:
+        return None
+    if isinstance(error, bool) or not (isinstance(error, Real) and 0 < float(error) < math.inf):
+        raise InputError(f"error must be a number of nats > 0, such as 0.01, got {error!r}")
+    return float(error)
+
+
+def within_error(
+    flow: Evaluable, twin: Any, x: Tensor, context: Tensor | None, request: Request
+) -> Valued:
+    """Log-densities whose integration error and trace error are at most the request's error, nats.
+
+    Every row gets the loosest tolerance of 1e-3, 1e-4, … (of fixed steps the longest of 1, 1/2, …
+    of the flow's) and the fewest probes, four times as many at a time, that do; what it gets
+    depends on no other row.  Beyond `dim` probes the trace is taken exactly.  The rounding of the
+    value itself is left out of account.
+    Raises InputError where rounding allows no such error.
+    """
+    error = request.error or math.inf
+    estimates = isinstance(request.divergence, Hutchinson)
+    most = error / 2 if estimates else error  # half for each of the two
+    found: list[tuple[Tensor, Valued]] = []
+    waiting = [(torch.arange(len(x), device=x.device), 0, request.divergence)]
+    while waiting:
+        rows, level, divergence = waiting.pop()
+        part = request._replace(divergence=divergence, solver=_level(flow, request, level))
+        given = None if context is None else context[rows]
+        value = valued(flow, twin, x[rows], given, part)
+        rounding = 4 * torch.finfo(x.dtype).eps * value.log_prob.detach().double().abs()
+        coarse = value.integration_error > most + rounding  # of a number no row could do better
+        noisy = value.trace_error > most
+        for finer, quieter in ((False, False), (True, False), (False, True), (True, True)):
+            kind = (coarse == finer) & (noisy == quieter)
+            if not kind.any():
+                continue
+            if not (finer or quieter):
+                found.append((rows[kind], _taken(value, kind)))
+                continue
+            more = _more_probes(divergence, x.shape[1]) if quieter else divergence
+            waiting.append((rows[kind], level + finer, more))
+    return _in_order(found, x)
+
+
+def _level(flow: Evaluable, request: Request, level: int) -> Solver:
+    """The solver of a level; each is finer than the one before it."""
+    solver = request.solver
+    if isinstance(solver.control, Adaptive):
+        tolerance = LOOSEST / TIGHTER**level
+        if tolerance >= 0.99 * TIGHTEST.get(flow.dtype, LOOSEST):
+            return solver.with_tolerance(tolerance)
+    elif level <= HALVINGS:
+        for _ in range(level):
+            solver = solver.tighter()
+        return solver
+    remedy = "or flow.double()" if flow.dtype == torch.float32 else "or another method="
+    raise InputError(
+        f"error={request.error:g} nats cannot be kept in {flow.dtype} with method "
+        f"{solver.method!r}; give a larger error, {remedy}"
+    )
+
+
+def _more_probes(divergence: Divergence, dim: int) -> Divergence:
+    probes = getattr(divergence, "probes", dim) * MORE_PROBES
+    return replace(divergence, probes=probes) if probes < dim else Tangents()  # type: ignore
+
+
+def joined(
+    parts: list[Valued], shape: torch.Size, divergence: Divergence
+) -> tuple[Tensor, Info]:
+    """The log-densities of consecutive blocks of rows in their shape, and what is known of them."""
+    log_prob, nfe, off, noise = (
+        torch.cat([getattr(part, name) for part in parts]).reshape(shape)
+        for name in ("log_prob", "nfe", "integration_error", "trace_error")
+    )
+    calls = max(part.calls for part in parts)
+    return log_prob, Info(calls, type(divergence).__name__, nfe, off, noise)
+
+
+def _taken(value: Valued, rows: Tensor) -> Valued:
+    """The values of some rows."""
+    parts = (value.log_prob, value.nfe.to(rows.device), value.integration_error, value.trace_error)
+    log_prob, nfe, off, noise = (part[rows] for part in parts)
+    return Valued(log_prob, value.calls, nfe, off, noise)
+
+
+def _in_order(found: list[tuple[Tensor, Valued]], x: Tensor) -> Valued:
+    """The values of all rows, in the order of their places."""
+    if not found:
+        none = x.new_empty(0)
+        return Valued(none, 0, none.long(), none.double(), none.double())
+    order = torch.cat([rows for rows, _ in found]).argsort()
+    values = [value for _, value in found]
+    log_prob, nfe, off, noise = (
+        torch.cat([getattr(value, name) for value in values])[order]
+        for name in ("log_prob", "nfe", "integration_error", "trace_error")
+    )
+    return Valued(log_prob, max(value.calls for value in values), nfe, off, noise)

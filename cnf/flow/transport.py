@@ -1,0 +1,255 @@
+"""A flow on rows that need no checking: its parts, its map in both directions and its density.
+
+Time runs from t = 0, the base, to t = 1, the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from cnf.error import InputError, whole_number
+from cnf.flow.accuracy import Request
+from cnf.flow.base import LearnedBase, base_log_prob, checked_base
+from cnf.flow.batch import Kind
+from cnf.flow.conditioned import Conditioned, embedded, guided, undisturbed
+from cnf.flow.continuous import Solver, move, move_with_logdet
+from cnf.flow.divergence import Divergence, choose_divergence
+from cnf.flow.marginals import Marginals
+from cnf.flow.pilot import WIDTHS, Shape
+from cnf.flow.setting import checked_bandwidth, checked_share, checked_widths, support_of
+from cnf.flow.storage import pack
+from cnf.flow.transform import Standardize, Whiten
+from cnf.nets.mlp import MLP, BilinearMLP
+from cnf.ode.control import Adaptive, FixedStep
+from cnf.ode.gradient.problem import Gradient
+from cnf.ode.integrate import Stats
+from cnf.ode.method import Method
+from cnf.ode.tableau import Tableau
+from cnf.training.seed import seeded
+
+TO_BASE, TO_DATA = (1.0, 0.0), (0.0, 1.0)
+OwnField = nn.Module | Callable[..., Tensor]
+
+
+class Transport(nn.Module):
+    """The parts of a `Flow`, which says what its settings mean, and what they do to rows."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        context: int = 0,
+        context_dropout: float = 0.0,
+        hidden: Sequence[int] | None = None,
+        bandwidth: tuple[float, float] | str | None = "auto",
+        field: OwnField | None = None,
+        base: Distribution | LearnedBase | None = None,
+        support: Any = None,
+        divergence: str | Divergence = "auto",
+        whiten: bool = True,
+        marginals: str | None = "auto",
+        method: str | Tableau | Method = "dopri5",
+        step_size: float | None = None,
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+        logdet_atol: float = 1e-4,
+        gradient: str | Gradient = "checkpoint",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim = dim = whole_number("dim", dim, 1)
+        self.context = whole_number("context", context, 0)
+        self.context_dropout = checked_share("context_dropout", context_dropout)
+        self._open_shape = (hidden is None, isinstance(bandwidth, str))
+        widths = WIDTHS[0] if hidden is None else checked_widths(hidden)
+        self.shape = Shape(widths, checked_bandwidth(bandwidth))
+        self.whitens = whiten
+        if marginals not in ("auto", None):
+            raise InputError(f"marginals must be 'auto' or None, got {marginals!r}")
+        self.maps_marginals = marginals is not None
+        self.divergence = divergence
+        adaptive = Adaptive(rtol, atol, quadrature_atol=logdet_atol)
+        control = adaptive if step_size is None else FixedStep(step_size)
+        self.solver = Solver(method, control, gradient)
+        self.base = checked_base(base, dim)
+        self.support = support_of(support, dim)
+        self.marginals = Marginals(dim)
+        self.whitening = Whiten(dim)
+        self.contexts = Standardize(self.context) if self.context else None
+        if field is not None and not callable(field):
+            raise InputError(f"field must be a function f(t, x) or a module, got {field!r}")
+        self.has_own_field = field is not None
+        if field is None:
+            with seeded(seed, torch.get_default_device()):
+                field = self.new_field(self.shape)
+        else:
+            self._open_shape = (False, False)
+        self.field = field
+        self.chosen_divergence()  # a name that does not exist is refused here
+
+    # the maps ---------------------------------------------------------------------------------
+
+    def white(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x, (batch, dim), where the ODE ends: without edges, whitened; log |det| of that map."""
+        inner, edges = self.support(x)
+        y, logdet = self.marginals(inner)
+        return self.whitening(y), edges + logdet + self.whitening.logdet()
+
+    def encoded(
+        self, x: Tensor, context: Tensor | None, request: Request, with_logdet: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The base's points of rows x, and log |det dz/dx| (without the ODE's part unless asked)."""
+        self.support.refuse_outside(x)
+        field, rows, _ = self.conditioned(context, request.guidance)
+        solver = request.solver.for_rows(field, x, rows)
+        z, logdet = self.white(x)
+        if not with_logdet:
+            return move(field, z, TO_BASE, solver, rows), logdet
+        moved = move_with_logdet(field, request.divergence, z, TO_BASE, solver, rows)
+        return moved.x, (moved.logdet + logdet).to(x.dtype)
+
+    def decoded(
+        self, z: Tensor, context: Tensor | None, request: Request, with_log_prob: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The data's points of rows z, and their log-densities if asked for, else nothing."""
+        field, rows, _ = self.conditioned(context, request.guidance)
+        solver = request.solver.for_rows(field, z, rows)
+        if not with_log_prob:
+            x = self._unwhite(move(field, z, TO_DATA, solver, rows))
+            return x, x.new_empty(0)
+        moved = move_with_logdet(field, request.divergence, z, TO_DATA, solver, rows)
+        x = self._unwhite(moved.x)
+        log_prob = base_log_prob(self.base, z) - moved.logdet + self.white(x)[1]
+        return x, log_prob.to(z.dtype)
+
+    def _unwhite(self, z: Tensor) -> Tensor:
+        return self.support.invert(self.marginals.invert(self.whitening.invert(z)))
+
+    def log_prob_of_rows(
+        self,
+        x: Tensor,
+        divergence: Divergence,
+        solver: Solver,
+        conditioned: Conditioned | None = None,
+    ) -> tuple[Tensor, Stats]:
+        """Log-density of rows (batch, dim) by a divergence and a solver, unchecked; the cost.
+
+        conditioned: what `conditioned` returned for the rows' contexts.
+        """
+        field, rows = (conditioned or self.conditioned())[:2]
+        z, logdet = self.white(x)
+        moved = move_with_logdet(field, divergence, z, TO_BASE, solver, rows)
+        log_prob = base_log_prob(self.base, moved.x) + moved.logdet + logdet
+        return log_prob.to(x.dtype), moved.stats
+
+    # the field --------------------------------------------------------------------------------
+
+    def conditioned(
+        self,
+        context: Tensor | None = None,
+        guidance: float | None = None,
+        *,
+        training: bool = False,
+    ) -> Conditioned:
+        """The field to integrate for rows of these contexts, (batch, context), and what it takes of
+        every row; training: contexts are withheld at random, and the field is in its own mode.
+        """
+        field = self.field
+        if self.has_own_field and not training:
+            field = undisturbed(field)
+        if context is None or self.contexts is None:
+            return Conditioned(field)
+        told = self._told(self.contexts(context), self.context_dropout if training else 0.0)
+        given = embedded(self.field, told)
+        if guidance is None or guidance == 1:
+            return Conditioned(field, (given,), told)
+        none = embedded(self.field, torch.zeros_like(told))
+        return Conditioned(guided(field, guidance), (given, none), told)
+
+    def _told(self, context: Tensor, withheld: float) -> Tensor:
+        """Standardized contexts as the field is told them, a share of them withheld."""
+        if not self.context_dropout:
+            return context
+        given = torch.ones_like(context[:, :1])
+        if withheld:
+            given = (torch.rand_like(given) >= withheld).to(context.dtype)
+        return torch.cat([context * given, given], 1)
+
+    @property
+    def hidden(self) -> tuple[int, ...]:
+        """Widths of the default field's hidden layers."""
+        return self.shape.hidden
+
+    @property
+    def open_shape(self) -> tuple[bool, bool]:
+        """Whether a fit may choose the widths, and the bandwidth: of an untrained field alone."""
+        open_to_fit = any(self._open_shape) and not self.field.out.any()  # pyright: ignore
+        return self._open_shape if open_to_fit else (False, False)
+
+    def new_field(self, shape: Shape) -> MLP:
+        """A default field of that shape, untrained, where the flow is and of its precision."""
+        kind = BilinearMLP if len(shape.hidden) <= 2 else MLP
+        told = self.context + bool(self.context_dropout) if self.context else 0
+        field = kind(self.dim, shape.hidden, bandwidth=shape.bandwidth, context=told)
+        return field.to(self.device, self.dtype)
+
+    def take_field(self, field: nn.Module, shape: Shape) -> None:
+        """Put another default field in the place of this one; its shape is then settled."""
+        self.field, self.shape, self._open_shape = field, shape, (False, False)
+
+    def chosen_divergence(self) -> Divergence:
+        """The divergence in use: what "auto" stands for with this field."""
+        return choose_divergence(self.divergence, self.field)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings that make this flow again, as JSON values."""
+        control = self.solver.control
+        adaptive = control if isinstance(control, Adaptive) else Adaptive()
+        return {
+            "dim": self.dim,
+            "context": self.context,
+            "context_dropout": self.context_dropout,
+            "hidden": list(self.shape.hidden),
+            "bandwidth": self.shape.bandwidth,
+            "base": pack("base", self.base) if isinstance(self.base, LearnedBase) else None,
+            "support": self.support.ends,
+            "divergence": pack("divergence", self.divergence),
+            "whiten": self.whitens,
+            "marginals": "auto" if self.maps_marginals else None,
+            "method": pack("method", self.solver.method),
+            "step_size": control.step_size if isinstance(control, FixedStep) else None,
+            "rtol": adaptive.rtol,
+            "atol": adaptive.atol,
+            "logdet_atol": adaptive.quadrature_atol,
+            "gradient": pack("gradient", self.solver.gradient),
+            "own_field": _name_of(self.field) if self.has_own_field else None,
+            "own_base": _name_of(self.base) if isinstance(self.base, Distribution) else None,
+        }
+
+    @property
+    def has_own_base(self) -> bool:
+        return self.base is not None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.whitening.mean.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.whitening.mean.device
+
+    @property
+    def kind(self) -> Kind:
+        """What rows are made to be before the flow takes them."""
+        return Kind(self.dim, self.dtype, self.device)
+
+
+def _name_of(value: Any) -> str:
+    kind = type(value)
+    return getattr(value, "__qualname__", f"{kind.__module__}.{kind.__qualname__}")
