@@ -131,16 +131,11 @@ class BilinearMLP(MLP):
         tensors: what `embed` returned, where there is a context, then what `prepare` returned.
         """
         *given, mixing = tensors
-        if len(self.weights) == 2 and t.ndim == 0 and not given:
-            return value_and_trace(x, *self._layers(t, mixing))
-        shifts, gates, drift = self.time(t, *given)
-        h, slope = ACTIVATIONS[self.activations[0]].slope(_affine(x, self.weights[0], shifts[0]))
-        h, slope = h * gates[0], slope * gates[0]
-        if len(self.weights) == 1:
-            return _affine(h, self.out, drift), slope @ mixing
-        h, outer = ACTIVATIONS[self.activations[1]].slope(_affine(h, self.weights[1], shifts[1]))
-        divergence = (slope @ mixing.T * (outer * gates[1])).sum(-1)
-        return _affine(h * gates[1], self.out, drift), divergence
+        if len(self.weights) == 2:
+            return value_and_trace(x, *self._layers(t, mixing, *given))
+        (shift,), (gate,), drift = self.time(t, *given)
+        h, slope = ACTIVATIONS[self.activations[0]].slope(_affine(x, self.weights[0], shift))
+        return _affine(h * gate, self.out, drift), slope * gate @ mixing
 
     def pull_divergence(
         self, t: Tensor, x: Tensor, *tensors: Tensor
@@ -151,26 +146,32 @@ class BilinearMLP(MLP):
         tensors: those of `with_divergence`, then the cotangents of f and of the trace.
         """
         *given, mixing, value_bar, trace_bar = tensors
-        if len(self.weights) != 2 or t.ndim != 0 or given:
+        if len(self.weights) != 2 or t.ndim != 0:
             return None
-        x_bar, bars = pull(x, *self._layers(t, mixing), value_bar, trace_bar)
+        x_bar, bars = pull(x, *self._layers(t, mixing, *given), value_bar, trace_bar)
         first, second = self.weights
+        at_time = bars.at_time.sum(0) if given else bars.at_time
         return (
             x_bar,
-            (bars.m,),
+            (bars.at_time, bars.m) if given else (bars.m,),
             {
                 first: bars.w1,
                 second: bars.w2,
                 self.out: bars.w3,
-                self.time.weight: torch.outer(bars.at_time, self.time.features(t)),
-                self.time.bias: bars.at_time,
+                self.time.weight: torch.outer(at_time, self.time.features(t)),
+                self.time.bias: at_time,
             },
         )
 
-    def _layers(self, t: Tensor, mixing: Tensor) -> tuple[Layers, tuple[str, str]]:
-        """The tensors of the closed form at one time, and the names of its activations."""
+    def _layers(
+        self, t: Tensor, mixing: Tensor, given: Tensor | None = None
+    ) -> tuple[Layers, tuple[str, str]]:
+        """The tensors of the closed form at one time, or at those of the rows, and the names of its
+        activations.
+        """
         first, second = self.weights
-        layers = Layers(first, second, self.out, mixing, self.time.vector(t))
+        at_time = self.time.vector(t) if given is None else self.time.vector(t) + given
+        layers = Layers(first, second, self.out, mixing, at_time)
         return layers, (self.activations[0], self.activations[1])
 
 

@@ -271,3 +271,89 @@ def test_first_frequencies_span_the_bandwidth():
 def test_what_cannot_be_built_is_said(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+# given a context ----------------------------------------------------------------------------
+
+
+def given(shape: str, dim: int = 3, **settings) -> nn.Module:
+    kind, hidden = SHAPES[shape]
+    return perturbed(kind(dim, hidden, context=2, **settings).double())
+
+
+EACH_SHAPE = pytest.mark.parametrize("shape", SHAPES)
+
+
+@EACH_SHAPE
+def test_a_field_given_a_context_starts_at_zero_and_then_depends_on_it(shape):
+    kind, hidden = SHAPES[shape]
+    x, context = torch.randn(BATCH, 3), torch.randn(BATCH, 2)
+    field, t = kind(3, hidden, context=2), torch.tensor(0.3)
+    assert not field(t, x, field.embed(context)).any()
+    field = given(shape).float()
+    moved = field(t, x, field.embed(context)) - field(t, x, field.embed(context + 1))
+    assert moved.abs().max() > 1e-4
+
+
+@EACH_TIME
+@EACH_SHAPE
+def test_the_tangent_given_a_context_is_the_jacobian(shape, t):
+    field = given(shape)
+    x, embedded = torch.randn(BATCH, 3, dtype=F64), field.embed(torch.randn(BATCH, 2, dtype=F64))
+    tangents = torch.randn(4, BATCH, 3, dtype=F64)
+    value, pushed = field.tangent(t, x, tangents, embedded)
+    whole = torch.autograd.functional.jacobian(lambda x: field(t, x, embedded), x)
+    expected = torch.einsum("bij,kbj->kbi", torch.einsum("bibj->bij", whole), tangents)
+    assert torch.allclose(value, field(t, x, embedded), rtol=0, atol=1e-12)
+    assert torch.allclose(pushed, expected, rtol=0, atol=1e-10)
+
+
+@EACH_TIME
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [name for name in SHAPES if "bilinear" in name])
+def test_the_closed_form_given_a_context_has_the_trace_and_its_gradients(shape, name, t):
+    field = given(shape, activation=name)
+    x = torch.randn(BATCH, 3, dtype=F64, requires_grad=True)
+    context = torch.randn(BATCH, 2, dtype=F64, requires_grad=True)
+    t, weights = t.clone().requires_grad_(), torch.randn(BATCH, dtype=F64)
+    embedded = field.embed(context)
+    value, divergence = field.with_divergence(t, x, embedded, *field.prepare())
+    basis = torch.eye(3, dtype=F64)[:, None].expand(-1, BATCH, -1)
+    plain, pushed = field.tangent(t, x, basis, embedded)
+    trace = torch.einsum("ibi->b", pushed)
+    assert torch.allclose(value, plain, rtol=0, atol=1e-12)
+    assert torch.allclose(divergence, trace, rtol=0, atol=1e-10)
+    wanted = [*field.parameters(), x, t, context]
+    found, expected = (
+        torch.autograd.grad(
+            (b * weights).sum() + a.sin().sum(),
+            wanted,
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        for a, b in ((value, divergence), (plain, trace))
+    )
+    for part, same in zip(found, expected, strict=True):
+        assert torch.allclose(part, same, rtol=1e-9, atol=1e-10)
+    assert all(part.any() for part in found)
+
+
+def test_cotangents_given_a_context_are_pulled_back_by_the_formula():
+    field, t = given("bilinear 2"), torch.tensor(0.3, dtype=F64)
+    x = torch.randn(BATCH, 3, dtype=F64, requires_grad=True)
+    embedded = torch.randn(BATCH, sum(field.time.sizes), dtype=F64, requires_grad=True)
+    (mixing,) = (part.detach().requires_grad_() for part in field.prepare())
+    bars = torch.randn(BATCH, 3, dtype=F64), torch.randn(BATCH, dtype=F64)
+    with torch.no_grad():
+        x_bar, passed, captured = field.pull_divergence(t, x, embedded, mixing, *bars)
+    outputs = field.with_divergence(t, x, embedded, mixing)
+    wanted = [x, embedded, mixing, *captured]
+    expected = torch.autograd.grad(outputs, wanted, bars)
+    for part, same in zip((x_bar, *passed, *captured.values()), expected, strict=True):
+        assert torch.allclose(part, same, rtol=1e-10, atol=1e-11)
+
+
+def test_without_a_context_nothing_can_be_embedded():
+    with pytest.raises(ValueError, match="depends on no context"):
+        MLP(2, (4,)).embed(torch.zeros(3, 1))
