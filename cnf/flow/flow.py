@@ -360,10 +360,9 @@ class Flow(Transport):
         """
         rows = as_rows(x, self.dim, dtype=self.dtype)
         self.support.refuse_outside(rows)
-        if self.contexts is not None:
-            self.contexts.fit(as_rows(context, self.context, name="context", dtype=self.dtype))
-        elif context is not None:
-            as_context(context, torch.Size([len(rows)]), self.kind, 0)  # refused
+        given = shaped_context(context, self.kind, self.context)
+        if self.contexts is not None and given is not None:
+            self.contexts.fit(given.reshape(-1, self.context))
         inner = self.support(rows)[0]
         if self.maps_marginals:
             self.marginals.fit(inner)

@@ -78,7 +78,8 @@ class Report:
     nll: mean negative log-density in nats; gap: mean of log p*(x) − log p(x) in nats under the law
     of the data, from the same rows, so that it is far more precise than nll − entropy; bits: per
     dimension; mass: the integral of the density, 1 if all is well; round_trip, round_trip_relative:
-    see `RoundTrip`; nfe: evaluations of the field for log_prob; divergence: the one in use.
+    see `RoundTrip`; nfe: evaluations of the field for log_prob; divergence: the one in use;
+    integration_error: nats, the mean over rows of the solver's error.
     None stands where a figure has no meaning.
     """
 
@@ -95,6 +96,7 @@ class Report:
     bits: float | None = None
     bits_error: float | None = None
     mass: float | None = None
+    integration_error: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The figures by name."""
@@ -120,6 +122,8 @@ class Report:
             figures.append(("mass", f"{self.mass:.5f} of the density on a grid; 1 is exact"))
         error = f"{self.round_trip_relative:.1e} of a column's spread"
         figures.append(("round trip", f"{self.round_trip:.1e} at most, {error}"))
+        if self.integration_error is not None:
+            figures.append(("integration", f"{self.integration_error:.1e} nats in the mean"))
         figures.append(("evaluations", f"{self.nfe} of the field for log p(x)"))
         figures.append(("divergence", self.divergence))
         return figures
@@ -167,6 +171,7 @@ def held_out(
         nfe=info.nfe,
         divergence=info.divergence,
         mass=grid_mass(flow, rows, CELLS) if flow.dim <= 2 and not is_conditional else None,
+        integration_error=float(info.integration_error.mean()),
         **({} if law is None else _gap(values, x, law)),
         **({} if levels is None else _bits(values, flow.dim, levels)),
     )
