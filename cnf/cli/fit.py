@@ -104,7 +104,7 @@ def _train(flow: Flow, source: Source, arguments: Namespace, folder: RunFolder) 
     try:
         flow.fit(
             x,
-            context,
+            context=context,
             validation=source.parts(source.validation) if source.context else source.validation,
             callback=keep,
             progress=not arguments.quiet,

@@ -70,8 +70,8 @@ def test_results_and_messages_are_apart(cnf_command) -> None:
     assert "fitting moons, 500 rows of 2 columns, into runs/moons" in err
     lines = out.splitlines()
     starts = [line[:14].strip() for line in lines]
-    assert starts == ["held-out NLL", "gap", "mass", "round trip", "evaluations", "divergence",
-                      "time", "field", "files", "next", ""]  # fmt: skip
+    assert starts == ["held-out NLL", "gap", "mass", "round trip", "integration", "evaluations",
+                      "divergence", "time", "field", "files", "next", "", ""]  # fmt: skip
     assert "cnf sample runs/moons -n 1000" in out and "cnf logprob runs/moons" in out
 
 
@@ -96,7 +96,7 @@ def test_overwrite_replaces_a_run_and_what_it_left(cnf_command) -> None:
     (run / "note.txt").write_text("mine")
     assert cnf_command("fit", "moons", *TINY, "--seed", "1", "--overwrite").code == 0
     assert names(Path("runs")) == {"moons"}
-    assert names(run) == set(folder.FILES) - {folder.SAMPLES} | {"note.txt"}
+    assert names(run) == set(folder.FILES) - {folder.SAMPLES, folder.TRADEOFF} | {"note.txt"}
     assert strict_json((run / "config.json").read_text())["arguments"]["seed"] == 1
 
 
