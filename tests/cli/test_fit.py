@@ -96,7 +96,7 @@ def test_overwrite_replaces_a_run_and_what_it_left(cnf_command) -> None:
     (run / "note.txt").write_text("mine")
     assert cnf_command("fit", "moons", *TINY, "--seed", "1", "--overwrite").code == 0
     assert names(Path("runs")) == {"moons"}
-    assert names(run) == set(folder.FILES) - {folder.SAMPLES, folder.TRADEOFF} | {"note.txt"}
+    assert names(run) == set(folder.FILES) - {folder.SAMPLES} | {"note.txt"}
     assert strict_json((run / "config.json").read_text())["arguments"]["seed"] == 1
 
 
