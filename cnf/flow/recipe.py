@@ -261,7 +261,9 @@ def split_rows(x: Any, flow: Fittable, validation: float | Any, context: Any = N
     if len(rows) < LEAST_ROWS:
         raise InputError(f"x has {len(rows)} rows; a density needs at least {LEAST_ROWS}")
     if not (isinstance(validation, Real) or validation is None):
-        return Split(rows, as_rows(validation, width, name="validation", dtype=flow.dtype))
+        own = as_rows(validation, width, name="validation", dtype=flow.dtype)
+        flow.support.refuse_outside(own[:, : flow.dim], "validation")
+        return Split(rows, own)
     share = math.nan if validation is None else float(validation)
     if not 0 < share < 1:
         raise InputError(f"validation must be a share between 0 and 1 or rows, got {validation!r}")

@@ -185,8 +185,8 @@ class Support(nn.Module):
         up, down = torch.full_like(low, math.inf), torch.full_like(low, -math.inf)
         first = torch.where(_wide(low) <= wide_low, torch.nextafter(low, up), low)
         last = torch.where(_wide(high) >= wide_high, torch.nextafter(high, down), high)
-        # there is no number next to an end at infinity
-        return torch.where(torch.isinf(low), low, first), torch.where(torch.isinf(high), high, last)
+        most = torch.finfo(low.dtype).max  # infinity is no number either
+        return first.clamp_min(-most), last.clamp_max(most)
 
 
 def _ends(name: str, values: Any, dim: int, none: float) -> tuple[float, ...]:
