@@ -395,7 +395,8 @@ class Flow(Transport):
                     f"{path} was saved with a {name} of its own, {stored}; hand it in "
                     f"again: Flow.load(path, {name}=…)"
                 )
-        base = settings.pop("base", None) if base is None else base
+        learned = settings.pop("base", None)
+        base = learned if base is None else base
         try:
             flow = cls(**settings, field=field, base=base)
             flow.to(tensors["whitening.mean"].dtype)
