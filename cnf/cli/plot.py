@@ -33,9 +33,7 @@ def _tradeoff(trained: Run, arguments: Namespace) -> None:
         name: [(one.nfe, one.log_prob_error, one.seconds) for one in budgets if one.method == name]
         for name in dict.fromkeys(one.method for one in budgets)
     }
-    figure = tradeoff_figure(
-        curves, (own.nfe, own.log_prob_error, own.seconds), trained.path.name
-    )
+    figure = tradeoff_figure(curves, (own.nfe, own.log_prob_error, own.seconds), trained.path.name)
     save_figure(figure, path)
     if arguments.json:
         print(json_text({"file": str(path), **found.as_dict()}))

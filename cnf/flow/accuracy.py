@@ -249,9 +249,7 @@ def _more_probes(divergence: Divergence, dim: int) -> Divergence:
     return replace(divergence, probes=probes) if probes < dim else Tangents()  # type: ignore
 
 
-def joined(
-    parts: list[Valued], shape: torch.Size, divergence: Divergence
-) -> tuple[Tensor, Info]:
+def joined(parts: list[Valued], shape: torch.Size, divergence: Divergence) -> tuple[Tensor, Info]:
     """The log-densities of consecutive blocks of rows in their shape, and what is known of them."""
     log_prob, nfe, off, noise = (
         torch.cat([getattr(part, name) for part in parts]).reshape(shape)

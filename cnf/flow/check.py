@@ -211,9 +211,7 @@ def _jacobian(flow: Checkable, x: Tensor, context: Tensor | None) -> Finding:
     return Finding("determinant", text, worst <= WORST, worst, WORST)
 
 
-def _neighbours(
-    flow: Checkable, x: Tensor, context: Tensor | None, log_prob: Tensor
-) -> Finding:
+def _neighbours(flow: Checkable, x: Tensor, context: Tensor | None, log_prob: Tensor) -> Finding:
     """Rows alone and in another order."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
     shuffled = flow.log_prob(x[order], None if context is None else context[order])

@@ -48,7 +48,9 @@ class Solver:
     def tighter(self, factor: float = TIGHTER) -> Solver:
         """The same with every tolerance divided by `factor`; of fixed steps, with half as long."""
         if isinstance(self.control, FixedStep):
-            return replace(self, control=replace(self.control, step_size=self.control.step_size / 2))
+            return replace(
+                self, control=replace(self.control, step_size=self.control.step_size / 2)
+            )
         atol = self.control.quadrature_atol
         wanted = replace(
             self.control,

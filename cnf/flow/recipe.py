@@ -125,9 +125,7 @@ def _move(flow: Any, device: str | torch.device) -> None:
         ) from error
 
 
-def _run(
-    flow: Any, plans: list[Plan], batches: Batches, validation: Tensor
-) -> Generator[Progress]:
+def _run(flow: Any, plans: list[Plan], batches: Batches, validation: Tensor) -> Generator[Progress]:
     """The records of all phases; whatever ends them, the flow is left with its best weights."""
     elapsed = 0.0
     score = _Score(flow, validation)

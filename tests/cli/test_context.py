@@ -68,7 +68,9 @@ def test_contexts_of_rows_are_found_by_name(conditional: Path, cnf_command) -> N
     assert np.allclose(np.load("l.npy")[:, 0], known, atol=1e-3)
 
 
-def test_a_conditional_run_is_checked_on_a_file(conditional: Path, cnf_command, monkeypatch) -> None:
+def test_a_conditional_run_is_checked_on_a_file(
+    conditional: Path, cnf_command, monkeypatch
+) -> None:
     monkeypatch.setattr("cnf.flow.check.CELLS", 60)
     outcome = cnf_command("check", conditional, table(), "--json")
     assert outcome.code == 0 and json.loads(outcome.out)["rows"] == 80
@@ -78,7 +80,10 @@ def test_a_conditional_run_is_checked_on_a_file(conditional: Path, cnf_command, 
     ("arguments", "words"),
     [
         (("fit", "moons", "--context", "a"), "are for files"),
-        (("fit", "t.csv", "--context", "dose", "--columns", "dose,age"), "data and context at once"),
+        (
+            ("fit", "t.csv", "--context", "dose", "--columns", "dose,age"),
+            "data and context at once",
+        ),
         (("fit", "t.csv", "--context", "dose,age,height,width"), "no column besides --context"),
         (("fit", "t.csv", "--context", "weight"), "no column 'weight'"),
         (("sample", "RUN", "-n", "3", "-o", "s.npy"), "2 columns of context, got 0 values"),

@@ -190,7 +190,11 @@ def test_an_untrained_conditional_flow_is_its_base():
         (lambda: Flow(2, context=1, hidden=(4,)), None, "is conditional and got no context"),
         (lambda: Flow(2, context=2, hidden=(4,)), torch.zeros(3, 1), "context has shape"),
         (lambda: Flow(2, context=1, hidden=(4,)), torch.zeros(4, 1), "one context for each row"),
-        (lambda: Flow(2, context=1, hidden=(4,)), torch.full((3, 1), math.nan), "context has .*NaN"),
+        (
+            lambda: Flow(2, context=1, hidden=(4,)),
+            torch.full((3, 1), math.nan),
+            "context has .*NaN",
+        ),
     ],
 )
 def test_a_context_that_does_not_fit_is_refused(flow, context, said):
@@ -328,9 +332,7 @@ def test_the_guided_density_is_that_of_the_guided_map(hidden, weight):
     found = flow.log_prob(x, context, guidance=weight)
     assert torch.allclose(found, base.log_prob(z) + logdet, atol=1e-6)
     draws, log_prob = flow.sample(4, context[0], guidance=weight, seed=0, return_log_prob=True)
-    assert torch.allclose(
-        flow.log_prob(draws, context[0], guidance=weight), log_prob, atol=1e-6
-    )
+    assert torch.allclose(flow.log_prob(draws, context[0], guidance=weight), log_prob, atol=1e-6)
 
 
 def test_guidance_of_one_is_the_field_as_it_was_learned_and_of_zero_knows_no_context():

@@ -29,7 +29,9 @@ def shaken(flow: Flow, size: float = 0.3) -> Flow:
 
 
 def plain(**settings) -> Flow:
-    return shaken(Flow(2, hidden=(8, 7), seed=0, rtol=1e-8, atol=1e-8, logdet_atol=1e-7, **settings))
+    return shaken(
+        Flow(2, hidden=(8, 7), seed=0, rtol=1e-8, atol=1e-8, logdet_atol=1e-7, **settings)
+    )
 
 
 CONTEXTS = {"()": (), "(4,)": (4,), "(3, 4)": (3, 4)}
