@@ -113,7 +113,7 @@ examples:
 CHECK_PAGE = """\
 Measure what must agree if log p(x) can be trusted, and print a table and a verdict:
 
-  integration    log p(x) against tolerances ten times tighter, in double precision
+  integration    log p(x) against tolerances a hundred times tighter, in double precision
   trace          the standard error of an estimated trace; an exact one has none
   round trip     decode(encode(x)) - x
   mass           the density's integral, on a grid in two dimensions, else by importance

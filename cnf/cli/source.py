@@ -34,7 +34,8 @@ class Source:
     """Rows of float32 and what is known of them.
 
     context: names of what the density is to be conditional on, whose columns follow those of the
-    data in all rows; train: (rows, dim), a memory map where the file is large; validation: (rows, dim); held_out:
+    data in all rows; train: (rows, dim), a memory map where the file is large; validation: (rows,
+    dim); held_out:
     (draws, rows, dim), more than one draw where every row has several noises; law: the density
     that toy points come from; levels, shape: of the pixels of images; details: JSON values for
     config.json; warnings: sentences for the user.
@@ -94,7 +95,8 @@ def read_source(
     """The data that `data`, a name or a path, stands for.
 
     seed: of toy points, noise and the split of a file; rows: toy points to train on; columns,
-    context, dequantized: for files, see `table_source`.  Raises InputError for data that cannot be used.
+    context, dequantized: for files, see `table_source`.
+    Raises InputError for data that cannot be used.
     """
     is_file = data not in NAMES
     if rows is not None and data not in TOY_NAMES:

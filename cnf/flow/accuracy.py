@@ -20,7 +20,8 @@ from cnf.ode.integrate import Stats
 
 REPLICATES = 8  # draws of all probes, by which the spread of a trace estimate is told
 LOOSEST = 1e-3  # tolerance that is tried first where an error is to be kept
-TIGHTEST = {torch.float32: 1e-6, torch.float64: 1e-11}  # what rounding leaves room for
+TIGHTEST = {torch.float32: 1e-6, torch.float64: 1e-12}  # what rounding leaves room for
+LAST = {torch.float32: 1e-6, torch.float64: 1e-10}  # tolerance that is tried
 MORE_PROBES = 4  # times as many halve the standard error
 HALVINGS = 12  # of fixed steps
 
@@ -53,9 +54,10 @@ class Info:
 
     nfe: evaluations of the field, the most of any chunk of rows; divergence: the one in use;
     nfe_per_sample: what each row needed; integration_error: nats, the distance to the value under
-    tolerances ten times tighter (half the step), in float64 where the flow can be taken there, so
-    that rounding is part of it; trace_error: nats, the standard error of the estimated trace over
-    draws of its noise, 0 where the trace is exact, NaN for a divergence of one's own.
+    tolerances a hundred times tighter (a quarter of the step), in float64 where the flow can be
+    taken there, so that rounding is part of it; trace_error: nats, the standard error of the
+    estimated trace over draws of its noise, 0 where the trace is exact, NaN for a divergence of
+    one's own.
     """
 
     nfe: int
@@ -155,9 +157,11 @@ def _errors(
 def _reference(solver: Solver, dtype: torch.dtype) -> Solver:
     """The solver to compare with: tighter, or looser where rounding allows no tighter."""
     control = solver.control
-    if isinstance(control, Adaptive) and control.rtol < 0.99 * TIGHTER * TIGHTEST.get(dtype, 0.0):
-        return solver.tighter(1 / TIGHTER)
-    return solver.tighter()
+    if not isinstance(control, Adaptive):
+        return solver.tighter()
+    tolerance = max(control.rtol, control.atol)
+    room = 1.01 * tolerance / TIGHTEST.get(dtype, tolerance / TIGHTER)
+    return solver.tighter(min(TIGHTER, room) if room >= 10 else 1 / 10)
 
 
 def _draws(divergence: Hutchinson) -> list[Hutchinson]:
@@ -201,9 +205,7 @@ def within_error(
     value itself is left out of account.
     Raises InputError where rounding allows no such error.
     """
-    error = request.error or math.inf
-    estimates = isinstance(request.divergence, Hutchinson)
-    most = error / 2 if estimates else error  # half for each of the two
+    most = 0.5 * (request.error or math.inf)  # for each of the two: they are estimates themselves
     found: list[tuple[Tensor, Valued]] = []
     waiting = [(torch.arange(len(x), device=x.device), 0, request.divergence)]
     while waiting:
@@ -230,13 +232,11 @@ def _level(flow: Evaluable, request: Request, level: int) -> Solver:
     """The solver of a level; each is finer than the one before it."""
     solver = request.solver
     if isinstance(solver.control, Adaptive):
-        tolerance = LOOSEST / TIGHTER**level
-        if tolerance >= 0.99 * TIGHTEST.get(flow.dtype, LOOSEST):
+        tolerance = LOOSEST / 10**level
+        if tolerance >= 0.99 * LAST.get(flow.dtype, LOOSEST):
             return solver.with_tolerance(tolerance)
     elif level <= HALVINGS:
-        for _ in range(level):
-            solver = solver.tighter()
-        return solver
+        return solver.halved(level)
     remedy = "or flow.double()" if flow.dtype == torch.float32 else "or another method="
     raise InputError(
         f"error={request.error:g} nats cannot be kept in {flow.dtype} with method "

@@ -129,7 +129,7 @@ def examined(flow: Checkable, x: Tensor, context: Tensor | None = None) -> Check
 
 def _integration(error: Tensor) -> Finding:
     mean, worst = float(error.mean()), float(error.max())
-    text = f"{mean:.1e} nats in the mean, {worst:.1e} at most, to tolerances ten times tighter"
+    text = f"{mean:.1e} nats in the mean, {worst:.1e} at most, to tolerances 100 times tighter"
     return Finding("integration", text, mean <= TYPICAL and worst <= WORST, mean, TYPICAL)
 
 

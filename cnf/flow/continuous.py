@@ -18,7 +18,7 @@ from cnf.ode.solution import check_settings, solve
 from cnf.ode.tableau import Tableau
 
 DEFAULT_CONTROL = Adaptive(1e-5, 1e-5, quadrature_atol=1e-4)
-TIGHTER = 10.0  # by which a tolerance is divided to see what it was worth
+TIGHTER = 100.0  # by which a tolerance is divided to see what it was worth
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,9 @@ class Solver:
         return replace(self, control=wanted)
 
     def tighter(self, factor: float = TIGHTER) -> Solver:
-        """The same with every tolerance divided by `factor`; of fixed steps, with half as long."""
+        """The same with every tolerance divided by `factor`; of fixed steps, a quarter as long."""
         if isinstance(self.control, FixedStep):
-            return replace(
-                self, control=replace(self.control, step_size=self.control.step_size / 2)
-            )
+            return self.halved(2)
         atol = self.control.quadrature_atol
         wanted = replace(
             self.control,
@@ -60,11 +58,18 @@ class Solver:
         )
         return replace(self, control=wanted)
 
+    def halved(self, times: int) -> Solver:
+        """The same with fixed steps halved so many times; adaptive ones stay."""
+        if isinstance(self.control, Adaptive):
+            return self
+        step = self.control.step_size / 2**times
+        return replace(self, control=replace(self.control, step_size=step))
+
     def for_rows(self, field: VectorField, x: Tensor, rows: tuple[Tensor, ...] = ()) -> Solver:
         """The same with a step size for every row, so that no row's result depends on another.
 
         rows: what else the field takes of every row.  Fixed steps do not depend on the rows anyway;
-        a field that cannot be asked at a time of each row's own keeps the steps that all rows share.
+        a field that cannot be asked at a time of each row's own keeps the steps that all share.
         """
         if isinstance(self.control, FixedStep) or not takes_row_times(field, x, rows):
             return self

@@ -2,8 +2,8 @@
 
 A field that knows its divergence offers `prepare()` and `with_divergence(t, x, *prepared)`, and
 perhaps `pull_divergence`, which pulls cotangents back without a graph; one that can carry tangents
-offers `tangent(t, x, tangents)`; any other is differentiated by torch.func.  What the field takes of
-every row besides x, such as a context, follows x, and the tangents.
+offers `tangent(t, x, tangents)`; any other is differentiated by torch.func.  What the field takes
+of every row besides x, such as a context, follows x, and the tangents.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class Flow(Transport):
         """Log-density in nats, of shape (…) for x of shape (…, dim); differentiable.
 
         x: tensor, array or data frame; context: of shape (…, context), one for each row or one for
-        all; return_info: return (log_prob, Info), with what each value is worth, for about three
+        all; return_info: return (log_prob, Info), with what each value is worth, for about four
         times the work; error: nats that each may be off, by which tolerance and probes are chosen;
         nfe: a budget of evaluations instead of the flow's tolerance, with method, by default rk4;
         guidance: of the field that is guided so, see `sample`; chunk: rows solved together.

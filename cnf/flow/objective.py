@@ -1,4 +1,4 @@
-"""Modules whose forward(x), or forward(x, context), is a loss, for `Flow.fit` and for one's own training loop."""
+"""Modules whose forward(x, context) is a loss, for `Flow.fit` and for one's own training loop."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class Transport(nn.Module):
     def encoded(
         self, x: Tensor, context: Tensor | None, request: Request, with_logdet: bool
     ) -> tuple[Tensor, Tensor]:
-        """The base's points of rows x, and log |det dz/dx| (without the ODE's part unless asked)."""
+        """The base's points of rows x, and log |det dz/dx|, but of the maps alone unless asked."""
         self.support.refuse_outside(x)
         field, rows, _ = self.conditioned(context, request.guidance)
         solver = request.solver.for_rows(field, x, rows)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from cnf.nets.activation import ACTIVATIONS
 from cnf.nets.bilinear import Layers, pull, value_and_trace
 
-
 CONTEXT_WIDTH = 64  # of the hidden layers that a context goes through
 
 

@@ -89,7 +89,7 @@ def test_in_single_precision_rounding_is_part_of_the_error():
     assert info.integration_error.mean() == pytest.approx(known.mean().item(), rel=0.5)
 
 
-def test_fixed_steps_are_compared_with_half_as_long_ones():
+def test_fixed_steps_are_compared_with_shorter_ones():
     flow = shaken(Flow(2, hidden=(8, 8), method="rk4", step_size=0.25)).double()
     x = torch.randn(50, 2, dtype=F64)
     with torch.no_grad():
@@ -255,8 +255,9 @@ def test_a_field_in_train_mode_has_the_gradient_of_its_density():
 
 
 def test_training_leaves_the_field_in_its_own_mode():
-    flow, x = Flow(2, field=Dropping()).train(), torch.randn(50, 2)
+    flow, x = Flow(2, field=Dropping(), method="rk4", step_size=0.5).train(), torch.randn(50, 2)
+    flow.field.net[1] = nn.Identity()  # torch.func allows no running averages
     objective = cnf.MaximumLikelihood(flow)
-    before = flow.field.net[1].running_mean.clone()
-    assert objective(x) != objective(x)
-    assert not torch.equal(flow.field.net[1].running_mean, before)
+    with torch.no_grad():
+        assert objective(x) != objective(x)
+        assert flow.eval() and objective(x) == objective(x)

@@ -113,13 +113,10 @@ def test_rows_that_depend_on_each_other_are_found_out():
 
 
 def test_modes_of_modules_stay_as_they_were():
-    field = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
-    flow = Flow(2, field=lambda t, x: 0.1 * field(x))
-    flow.net = field
-    flow.train()
-    field[1].eval()
+    flow = shaken(Flow(2, hidden=(8, 8))).train()
+    flow.whitening.eval()
     flow.check(torch.randn(10, 2))
-    assert flow.training and field.training and not field[1].training
+    assert flow.training and flow.field.training and not flow.whitening.training
 
 
 @pytest.mark.parametrize("dim", [3, 6])
