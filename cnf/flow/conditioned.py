@@ -60,8 +60,8 @@ class Guided:
         self, t: Tensor, x: Tensor, tangents: Tensor, given: Tensor, none: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(f, J·tangents), see `push`."""
-        pairs = (push(self._field, t, x, tangents, rows) for rows in (none, given))
-        return _mixed(*pairs, self._weight)
+        without = push(self._field, t, x, tangents, none)
+        return _mixed(without, push(self._field, t, x, tangents, given), self._weight)
 
 
 class GuidedClosedForm(Guided):
@@ -73,8 +73,8 @@ class GuidedClosedForm(Guided):
     def with_divergence(
         self, t: Tensor, x: Tensor, given: Tensor, none: Tensor, *prepared: Tensor
     ) -> tuple[Tensor, Tensor]:
-        pairs = (self._field.with_divergence(t, x, rows, *prepared) for rows in (none, given))
-        return _mixed(*pairs, self._weight)
+        without = self._field.with_divergence(t, x, none, *prepared)
+        return _mixed(without, self._field.with_divergence(t, x, given, *prepared), self._weight)
 
 
 def _mixed(

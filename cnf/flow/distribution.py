@@ -39,7 +39,7 @@ class FlowDistribution(Distribution):
     Parameters of the flow that change afterwards change this law too.
     """
 
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    arg_constraints: ClassVar[dict[str, Any]] = {}  # pyright: ignore
 
     def __init__(
         self,

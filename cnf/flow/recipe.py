@@ -278,9 +278,7 @@ def split_rows(x: Any, flow: Fittable, validation: float | Any, context: Any = N
     return Split(rows[order[count:]], rows[order[:count]])
 
 
-def _with_contexts(
-    x: Any, context: Any, validation: float | Any, flow: Fittable
-) -> tuple[Tensor, float | Any]:
+def _with_contexts(x: Any, context: Any, validation: Any, flow: Fittable) -> tuple[Tensor, Any]:
     """Rows that go on with their contexts, and the validation rows likewise if there are any."""
     if not (isinstance(validation, Real) or validation is None):
         try:

@@ -52,7 +52,7 @@ def pack(name: str, value: Any) -> Any:
     """A setting as JSON: a plain value as it is, a known frozen value as its kind and fields."""
     if value is None or isinstance(value, str | int | float | bool):
         return value
-    if isinstance(value, LearnedBase) and type(value).__name__ in LEARNED:
+    if isinstance(value, LearnedBase):
         return {"kind": type(value).__name__, **value.settings}
     if type(value).__name__ in VALUES:
         return {"kind": type(value).__name__, **asdict(value)}

@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 
 from cnf.error import InputError, whole_number
 from cnf.flow.accuracy import Request
-from cnf.flow.base import LearnedBase, base_log_prob, checked_base
+from cnf.flow.base import LEARNED, LearnedBase, base_log_prob, checked_base
 from cnf.flow.batch import Kind
 from cnf.flow.conditioned import Conditioned, embedded, guided, undisturbed
 from cnf.flow.continuous import Solver, move, move_with_logdet
@@ -217,7 +217,7 @@ class Transport(nn.Module):
             "context_dropout": self.context_dropout,
             "hidden": list(self.shape.hidden),
             "bandwidth": self.shape.bandwidth,
-            "base": pack("base", self.base) if isinstance(self.base, LearnedBase) else None,
+            "base": pack("base", self.base) if type(self.base) in LEARNED.values() else None,
             "support": self.support.ends,
             "divergence": pack("divergence", self.divergence),
             "whiten": self.whitens,
@@ -229,7 +229,11 @@ class Transport(nn.Module):
             "logdet_atol": adaptive.quadrature_atol,
             "gradient": pack("gradient", self.solver.gradient),
             "own_field": _name_of(self.field) if self.has_own_field else None,
-            "own_base": _name_of(self.base) if isinstance(self.base, Distribution) else None,
+            "own_base": (
+                _name_of(self.base)
+                if self.has_own_base and type(self.base) not in LEARNED.values()
+                else None
+            ),
         }
 
     @property
