@@ -77,9 +77,9 @@ class Transport(nn.Module):
         control = adaptive if step_size is None else FixedStep(step_size)
         self.solver = Solver(method, control, gradient)
         self.base = checked_base(base, dim)
-        self.support = support_of(support, dim)
         self.marginals = Marginals(dim)
         self.whitening = Whiten(dim)
+        self.support = support_of(support, dim)  # after tensors, whose memory a huge dim exceeds
         self.contexts = Standardize(self.context) if self.context else None
         if field is not None and not callable(field):
             raise InputError(f"field must be a function f(t, x) or a module, got {field!r}")

@@ -14,7 +14,7 @@ from cnf.training.loop import Progress
 @pytest.fixture(autouse=True)
 def _small_candidates(monkeypatch):
     monkeypatch.setattr(pilot, "WIDTHS", ((16, 16), (8, 8), (24, 24)))
-    monkeypatch.setattr("cnf.flow.flow.WIDTHS", pilot.WIDTHS)
+    monkeypatch.setattr("cnf.flow.transport.WIDTHS", pilot.WIDTHS)
     monkeypatch.setattr(pilot, "LEAST_STEPS", 2)
 
 
