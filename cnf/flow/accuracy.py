@@ -199,9 +199,9 @@ def within_error(
 ) -> Valued:
     """Log-densities whose integration error and trace error are at most the request's error, nats.
 
-    Every row gets the loosest tolerance of 1e-3, 1e-4, … (of fixed steps the longest of 1, 1/2, …
-    of the flow's) and the fewest probes, four times as many at a time, that do; what it gets
-    depends on no other row.  Beyond `dim` probes the trace is taken exactly.  The rounding of the
+    Every row gets the loosest tolerance, from a tenth of the error (at most 1e-3) on in tens (of
+    fixed steps the longest of 1, 1/2, … of the flow's), and the fewest probes, four times as many
+    at a time, that do; what it gets depends on no other row.  Beyond `dim` probes the trace is taken exactly.  The rounding of the
     value itself is left out of account.
     Raises InputError where rounding allows no such error.
     """
@@ -232,8 +232,10 @@ def _level(flow: Evaluable, request: Request, level: int) -> Solver:
     """The solver of a level; each is finer than the one before it."""
     solver = request.solver
     if isinstance(solver.control, Adaptive):
-        tolerance = LOOSEST / 10**level
-        if tolerance >= 0.99 * LAST.get(flow.dtype, LOOSEST):
+        last = LAST.get(flow.dtype, LOOSEST)
+        first = max(last, min(LOOSEST, (request.error or LOOSEST) / 10))
+        tolerance = first / 10**level
+        if tolerance >= 0.99 * last:
             return solver.with_tolerance(tolerance)
     elif level <= HALVINGS:
         return solver.halved(level)
