@@ -201,8 +201,8 @@ def within_error(
 
     Every row gets the loosest tolerance, from a tenth of the error (at most 1e-3) on in tens (of
     fixed steps the longest of 1, 1/2, … of the flow's), and the fewest probes, four times as many
-    at a time, that do; what it gets depends on no other row.  Beyond `dim` probes the trace is taken exactly.  The rounding of the
-    value itself is left out of account.
+    at a time, that do; what it gets depends on no other row.  Beyond `dim` probes the trace is
+    taken exactly.  The rounding of the value itself is left out of account.
     Raises InputError where rounding allows no such error.
     """
     most = 0.5 * (request.error or math.inf)  # for each of the two: they are estimates themselves

@@ -19,7 +19,7 @@ CENTRES, DRAWS = 1000, 4000  # of the estimate of the mass
 LEAST_DRAWS = 100.0  # that the estimate must be worth
 TYPICAL, WORST = 0.01, 0.1  # nats that log-densities may be off, in the mean and at most
 MASS = 0.02
-ROUND_TRIP = 1e-3  # of a column's standard deviation
+ROUND_TRIP = 2e-2  # of a column's standard deviation
 SAME = {torch.float32: 1e-3, torch.float64: 1e-6}  # nats between places in a batch
 
 
