@@ -120,8 +120,8 @@ class Flow(Transport):
         x: tensor, array or data frame; context: of shape (…, context), one for each row or one for
         all; return_info: return (log_prob, Info), with what each value is worth, for about four
         times the work; error: nats that each may be off, by which tolerance and probes are chosen;
-        nfe: a budget of evaluations instead of the flow's tolerance, by `method`, else by rk4, below
-        16 by midpoint; guidance: of the field that is guided so, see `sample`; chunk: rows solved
+        nfe: a budget of evaluations instead of the tolerance, by `method`, else by rk4, below 16 by
+        midpoint; guidance: of the field that is guided so, see `sample`; chunk: rows solved
         together.
         A row's value depends on no other row, nor on train() or eval(); points outside the support
         have −∞.  Raises InputError for a wrong width or values that are not finite.
