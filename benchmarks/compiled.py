@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
+from itertools import pairwise
 
 import torch
 from timing import machine, medians
@@ -22,7 +24,7 @@ class Net(torch.nn.Module):
         super().__init__()
         torch.manual_seed(0)
         widths = (2, 64, 64, 2)
-        layers = [torch.nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+        layers = [torch.nn.Linear(a, b) for a, b in pairwise(widths)]
         self.net = torch.nn.Sequential(
             layers[0], torch.nn.Tanh(), layers[1], torch.nn.Tanh(), layers[2]
         )
@@ -43,7 +45,7 @@ def train(field: Net, y0: torch.Tensor, compile: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     print(machine())
@@ -54,10 +56,11 @@ def main() -> None:
             start = time.perf_counter()
             what(field, y0, True)
             first = time.perf_counter() - start
-            found = medians(
-                {c: lambda c=c: what(field, y0, c) for c in (False, True)}, arguments.rounds
-            )
-            plain, compiled = (found[c] * 1e3 for c in (False, True))
+            runs = {
+                "plain": partial(what, field, y0, False),
+                "compiled": partial(what, field, y0, True),
+            }
+            plain, compiled = (s * 1e3 for s in medians(runs, arguments.rounds).values())
             print(f"{rows:6d} {what.__name__:10s} {first:9.1f} {plain:10.1f} {compiled:13.1f}")
 
 
