@@ -37,7 +37,7 @@ class Evaluation(NamedTuple):
     """dy/dt, and the rates of what is integrated along the path (empty without a quadrature)."""
 
     slope: Leaves
-    rates: Leaves
+    rates: Leaves = ()
 
 
 class Pulls(Protocol):
@@ -84,7 +84,7 @@ class Field:
     def __call__(self, t: Any, y: Leaves) -> Evaluation:
         value = self.value(self.clock(t), y)
         if self.rates is None:
-            return Evaluation(self.state.leaves(value, "dy/dt"), ())
+            return Evaluation(self.state.leaves(value, "dy/dt"))
         slope, rates = value
         return Evaluation(self.state.leaves(slope, "dy/dt"), self.rates.leaves(rates, "the rates"))
 
