@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-
 # Whether a transform of torch.func (grad, jvp, vmap, …) is under way; asked once a sum.
 is_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
