@@ -116,6 +116,11 @@ class Field:
             value = self.call(time, self.state.build(y), *self.passed)
         return mode.swap(value)  # a captured tensor may be returned as it is
 
+    @property
+    def has_formula(self) -> bool:
+        """Whether the user's field offers a vector-Jacobian product of its own."""
+        return getattr(self.call, "pull", None) is not None
+
     def pull(
         self, t: Any, y: Leaves, slope_bar: Sequence[Tensor], rates_bar: Sequence[Tensor]
     ) -> tuple[Leaves, list[Tensor | None]] | None:
