@@ -107,8 +107,11 @@ class ExplicitRungeKutta:
         for i in range(1, tableau.stages if every else tableau.used_stages):
             at = _moved(y, slopes, tableau.a_weights[i], h)
             value = field(t + tableau.c[i] * h, at)
-            for ks, k in zip((*slopes, *rates), (*value.slope, *value.rates), strict=True):
+            for ks, k in zip(slopes, value.slope, strict=True):
                 ks.append(k)
+            if rates:
+                for ks, k in zip(rates, value.rates, strict=True):
+                    ks.append(k)
         return slopes, rates, at, value
 
 
