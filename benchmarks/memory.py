@@ -2,11 +2,12 @@
 
     python benchmarks/memory.py [--quick] [--rounds 3] [--out docs/memory.png]
 
-rk4 with 10 to 3,000 fixed steps over a batch of 2,048 states of 64 float32 numbers (0.5 MiB), the
+rk4 with 10 to 3,000 fixed steps over a batch of 1,024 states of 64 float32 numbers (0.25 MiB), the
 field a net of two layers.  Every solve runs in a process of its own, whose peak of resident memory
-is read before and after: what is shown is the difference.  glibc is told to map every large block,
-so that what is freed goes back at once.  A method ends where it would pass 6 GiB or a minute.
-Times are medians over rounds in which the methods take turns.
+is read before and after: what is shown is the difference.  There glibc is told to map every large
+block, so that what is freed goes back at once.  Times are those of other processes, medians over
+rounds in which the methods take turns; one round from 1,000 steps on.  A method ends where it would
+pass 6 GiB or a minute.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -31,10 +32,11 @@ from torch import nn
 import cnf
 from cnf.plot import INK, LEGEND, QUIET, save_figure
 
-BATCH, DIM = 2048, 64
+BATCH, DIM = 1024, 64
 COUNTS = (10, 30, 100, 300, 1000, 3000)
 MOST_BYTES, MOST_SECONDS = 6 * 2**30, 60.0
 MIB = 2**20
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 GRADIENTS: dict[str, object] = {
     "backprop": cnf.Backprop(),
     "checkpoint, stages": cnf.Checkpoint("stages"),
@@ -46,11 +48,11 @@ GRADIENTS: dict[str, object] = {
 COLORS = ("#c2652d", "#2f6fb5", "#5a93cf", "#3f9b73", "#9061b5", INK)
 
 
-def solve_once(gradient: object, steps: int) -> float:
+def solve_once(gradient: object, steps: int, batch: int = BATCH) -> float:
     """Seconds of one solve, forward and backward."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh(), nn.Linear(DIM, DIM))
-    y0 = torch.randn(BATCH, DIM)
+    y0 = torch.randn(batch, DIM)
     start = time.perf_counter()
     solution = cnf.solve(
         lambda t, y: net(y), y0, [0.0, 1.0], method="rk4", step_size=1 / steps, gradient=gradient,
@@ -60,21 +62,23 @@ def solve_once(gradient: object, steps: int) -> float:
 
 
 def serve(name: str, steps: int) -> None:
-    """Print seconds and bytes of one solve, after a small one that loads the libraries."""
+    """Print seconds and bytes of one solve, after one of a few rows that loads the libraries."""
     gradient = GRADIENTS[name]
-    solve_once(gradient, 2)
+    solve_once(gradient, 2, 4)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = solve_once(gradient, steps)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps([seconds, (after - before) * 1024]))
 
 
-def measure(name: str, steps: int) -> tuple[float, float]:
+def measure(
+    name: str, steps: int, environment: Mapping[str, str] | None = None
+) -> tuple[float, float]:
     """(seconds, bytes) of a solve in a process of its own."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     found = subprocess.run(
         [sys.executable, __file__, "--serve", name, str(steps)],
-        env=environment, capture_output=True, text=True, check=True, timeout=600,
+        env=os.environ | dict(environment or {}), capture_output=True, text=True, check=True,
+        timeout=600,
     )  # fmt: skip
     seconds, size = json.loads(found.stdout)
     return seconds, size
@@ -94,13 +98,12 @@ def table(counts: Sequence[int], rounds: int) -> dict[str, dict[str, dict[int, f
     found = {name: {"bytes": {}, "seconds": {}} for name in GRADIENTS}
     for steps in counts:
         times: dict[str, list[float]] = {}
-        for _ in range(rounds):
-            for name, values in found.items():
-                if _ends(values, steps):
-                    continue
-                seconds, size = measure(name, steps)
-                values["bytes"][steps] = min(size, values["bytes"].get(steps, math.inf))
-                times.setdefault(name, []).append(seconds)
+        names = [name for name, values in found.items() if not _ends(values, steps)]
+        for name in names:
+            found[name]["bytes"][steps] = measure(name, steps, MAPPED)[1]
+        for _ in range(rounds if steps < 1000 else 1):
+            for name in names:
+                times.setdefault(name, []).append(measure(name, steps)[0])
         for name, seconds in times.items():
             found[name]["seconds"][steps] = statistics.median(seconds)
         print(f"{steps} steps done", flush=True)
@@ -136,10 +139,8 @@ def report(found: dict[str, dict[str, dict[int, float]]], counts: Sequence[int])
         ratios = [values["seconds"][c] / found["backprop"]["seconds"][c] for c in shared]
         print(f"  {name:20s} {ratios[-1]:6.2f}  (median {statistics.median(ratios):.2f})")
     for name in ("reversible", "adjoint"):
-        sizes = [size for count, size in found[name]["bytes"].items() if count >= 30]
-        print(
-            f"{name}: largest over smallest memory from 30 steps on {max(sizes) / min(sizes):.3f}"
-        )
+        sizes = found[name]["bytes"].values()
+        print(f"{name}: largest over smallest memory {max(sizes) / min(sizes):.3f}")
 
 
 def draw(found: dict[str, dict[str, dict[int, float]]]) -> Figure:

@@ -235,7 +235,7 @@ def draw(table: dict[str, dict[str, list[Point]]]) -> Figure:
         axes.tick_params(colors=QUIET, labelsize=8)
     figure.axes[0].set_ylabel("median error at t = 20", color=QUIET, fontsize=9)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, **LEGEND)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, handlelength=3.4, **LEGEND)
     return figure
 
 

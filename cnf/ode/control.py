@@ -118,6 +118,11 @@ class Adaptive:
         short = choose(remaining < 2 * step, remaining / 2, step)
         return choose(remaining <= step * _STRETCH, remaining, short)
 
+    @property
+    def remembers(self) -> bool:
+        """Whether the next step depends on the errors of earlier steps."""
+        return bool(self.pcoeff or self.dcoeff)
+
     def accepts(self, ratio: Number, length: Number) -> Number:
         """Whether a step of that length and error over tolerance will do."""
         shortest = self.min_step * _STRETCH  # a step that was stretched to land is no longer
@@ -132,7 +137,7 @@ class Adaptive:
         good = ratio <= 1.0
         total = self.pcoeff + self.icoeff + self.dcoeff
         grown = self.safety * ratio ** (choose(good, -total, -1.0) / order)
-        if self.pcoeff or self.dcoeff:
+        if self.remembers:
             last, before = earlier
             history = last ** ((self.pcoeff + 2 * self.dcoeff) / order)
             history = history * before ** (-self.dcoeff / order)
@@ -173,14 +178,14 @@ def clip(value: Number, low: float, high: Number) -> Any:
 
 
 def on_grid(size: np.ndarray) -> np.ndarray:
-    """The nearest sizes of 16 an octave; 0 and infinity stay.
+    """The nearest sizes of 16 an octave, evenly spaced in it; 0 and infinity stay.
 
     Step sizes amplify rounding: each depends on the error of the last, some tenfold every few
     steps.  On a grid the differences that a row's neighbours make in the last bits die out, and a
     row alone takes the very steps that it takes in any batch.
     """
-    with np.errstate(divide="ignore"):
-        return np.exp2(np.rint(np.log2(size) * 16) / 16)
+    mantissa, exponent = np.frexp(size)  # size = mantissa · 2^exponent, 1/2 ≤ mantissa < 1
+    return np.ldexp(np.rint(mantissa * 32) / 32, exponent)
 
 
 def sane_ratio(ratio: Number) -> Any:

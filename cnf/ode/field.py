@@ -37,7 +37,7 @@ class Evaluation(NamedTuple):
     """dy/dt, and the rates of what is integrated along the path (empty without a quadrature)."""
 
     slope: Leaves
-    rates: Leaves
+    rates: Leaves = ()
 
 
 class Pulls(Protocol):
@@ -84,7 +84,7 @@ class Field:
     def __call__(self, t: Any, y: Leaves) -> Evaluation:
         value = self.value(self.clock(t), y)
         if self.rates is None:
-            return Evaluation(self.state.leaves(value, "dy/dt"), ())
+            return Evaluation(self.state.leaves(value, "dy/dt"))
         slope, rates = value
         return Evaluation(self.state.leaves(slope, "dy/dt"), self.rates.leaves(rates, "the rates"))
 
@@ -115,6 +115,11 @@ class Field:
         with _Substitute(self.substitutes) as mode:
             value = self.call(time, self.state.build(y), *self.passed)
         return mode.swap(value)  # a captured tensor may be returned as it is
+
+    @property
+    def has_formula(self) -> bool:
+        """Whether the user's field offers a vector-Jacobian product of its own."""
+        return getattr(self.call, "pull", None) is not None
 
     def pull(
         self, t: Any, y: Leaves, slope_bar: Sequence[Tensor], rates_bar: Sequence[Tensor]

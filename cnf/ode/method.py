@@ -107,8 +107,11 @@ class ExplicitRungeKutta:
         for i in range(1, tableau.stages if every else tableau.used_stages):
             at = _moved(y, slopes, tableau.a_weights[i], h)
             value = field(t + tableau.c[i] * h, at)
-            for ks, k in zip((*slopes, *rates), (*value.slope, *value.rates), strict=True):
+            for ks, k in zip(slopes, value.slope, strict=True):
                 ks.append(k)
+            if rates:
+                for ks, k in zip(rates, value.rates, strict=True):
+                    ks.append(k)
         return slopes, rates, at, value
 
 
@@ -137,6 +140,7 @@ class OwnPace:
     def __init__(self, field: Evaluate, t: Tensor, h: Tensor) -> None:
         self._field, self._t, self._h = field, t, h
         self._known: list[tuple[Evaluation, Evaluation]] = []
+        self._factors: dict[tuple[torch.dtype, int], Tensor] = {}
 
     def __call__(self, s: float, y: Leaves) -> Evaluation:
         return self.scaled(self._field(torch.add(self._t, self._h, alpha=s), y))
@@ -160,8 +164,13 @@ class OwnPace:
 
     def _lengths(self, leaf: Tensor) -> Tensor:
         real = leaf.real.dtype if leaf.dtype.is_complex else leaf.dtype
-        lengths = self._h.to(real)
-        return lengths.reshape(-1, *[1] * (leaf.ndim - 1)) if lengths.ndim else lengths
+        known = self._factors.get((real, leaf.ndim))
+        if known is None:
+            known = self._h.to(real)
+            if known.ndim:
+                known = known.reshape(-1, *[1] * (leaf.ndim - 1))
+            self._factors[real, leaf.ndim] = known
+        return known
 
 
 def prepared(method: Method, control: Control, evaluate: Evaluate, t: Any, y: Leaves) -> Method:

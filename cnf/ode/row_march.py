@@ -1,8 +1,9 @@
 """The loop where every row of the batch has its own time, step and error.
 
 Times, steps and verdicts are host arrays; one device-to-host read an attempt brings the rows'
-errors.  A row that has arrived leaves the batch where the field is row-wise; where it is not, the
-row stays and its steps are of length 0.  Rows are numbered by their place in the batch of y0.
+errors.  Rows that have arrived leave the batch where the field is row-wise, a sixteenth of the
+batch or more at a time; until then, or where the field is not, their steps are of length 0.  Rows
+are numbered by their place in the batch of y0.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from cnf.ode.trajectory import (
 )
 
 Array = np.ndarray
+_OF_ROWS = ("rows", "t", "direction", "size", "tiniest", "next", "alive", "refused", "target",
+            "label")  # fmt: skip
 
 
 class RowField(Protocol):
@@ -67,7 +70,8 @@ def march_rows(
 
 
 class _RowMarch:
-    """Where every row stands.  Arrays hold the rows still in the batch; `rows` are their numbers.
+    """Where every row stands.  Arrays hold the rows still in the batch; `rows` are their numbers,
+    `counts` their evaluations, accepted and rejected steps, `totals` those of all rows that left.
 
     keep: whether to write the record, or what to write it in; watch: whether to look at every step
     for what is not finite.
@@ -90,7 +94,8 @@ class _RowMarch:
         batch = len(y[0])
         self.batch, self.rows = batch, np.arange(batch)
         self.t, self.y = problem.times[0].copy(), tuple(leaf.detach() for leaf in y)
-        self.counts = np.zeros((3, batch), dtype=np.int64)  # evaluations, accepted, rejected
+        self.totals = np.zeros((3, batch), dtype=np.int64)
+        self.attempts = 0
         if first is None or problem.control.jumps:
             start, end = on_device(self.t, y), on_device(problem.times[-1], y)
             first = problem.evaluate(self.evaluate, start, self.y, end)
@@ -102,6 +107,7 @@ class _RowMarch:
         self.size = first_size(problem, self.evaluate, self.y, first)
         if isinstance(problem.control, Adaptive) and problem.control.first_step is None:
             self.size = self._grid(self.size)
+        self.counts = np.zeros((3, batch), dtype=np.int64)
         self.counts[0] = stats.calls
         self.tiniest = tiniest(problem)
         self.targets, self.labels = _targets(problem)
@@ -117,8 +123,9 @@ class _RowMarch:
         self._pass_reached()
         while self.alive.any():
             self._advance()
+        self.totals[:, self.rows] = self.counts
         self.stats.nfe, self.stats.accepted, self.stats.rejected = map(
-            torch.from_numpy, self.counts
+            torch.from_numpy, self.totals
         )
         return self.out
 
@@ -159,8 +166,7 @@ class _RowMarch:
         """One attempt at a step of every row that has not arrived."""
         problem, control = self.problem, self.problem.control
         self._check_budget()
-        target = self.targets[self.next, self.rows]
-        remaining = np.abs(target - self.t)
+        remaining = np.abs(self.target - self.t)
         length = np.where(self.alive, control.fit(self.size, remaining), 0.0)
         h = self.direction * length
         t0, h0 = on_device(self.t, self.y), on_device(h, self.y)
@@ -180,15 +186,15 @@ class _RowMarch:
             reason = "the state or the field turned non-finite"
             raise self._failure(reason, self._numbers(bad_rows(step.y)))
         lands = accept & (length == remaining)
-        end = np.where(lands, target, self.t + h)
-        slot = np.where(lands, self.labels[self.next, self.rows], -1)
+        end = np.where(lands, self.target, self.t + h)
+        slot = np.where(lands, self.label, -1)
         if self.events is not None and accept.any():
             step, h, end, slot = self._happened(step, h, end, slot, accept)
             self._count(calls, slot == len(problem.times))
         self._accept(step, accept, h, end, slot)
-        self.next = self.next + (self.alive & (end == target) & accept)
-        self._pass_reached()
-        self._leave()
+        if lands.any() or (slot >= 0).any():
+            self._pass_reached()
+            self._leave()
 
     def _judge(self, step: Step, length: Array, control: Adaptive) -> Array:
         """Which rows' steps are good enough; chooses the sizes of the next attempt."""
@@ -199,16 +205,21 @@ class _RowMarch:
         if not step.solved:
             factor = np.where(np.isnan(ratio), np.maximum(factor, HALF), factor)
         grown = control.after(self.size, length, factor, self.refused > 0)
-        shrunk = control.within(length * factor)
-        wanted = np.where(accept, grown, np.where(refuse, shrunk, self.size))
-        self.size = self._grid(wanted, below=np.where(refuse, length, np.inf))
-        self.refused = np.where(refuse, self.refused + 1, np.where(accept, 0, self.refused))
-        last, before = self.ratios
-        self.ratios = (
-            np.where(accept, np.maximum(ratio, 1e-10), last),
-            np.where(accept, last, before),
-        )
-        self.counts[2, self.rows[refuse]] += 1
+        if refuse.any():
+            shrunk = control.within(length * factor)
+            self.size = self._grid(
+                np.where(refuse, shrunk, grown), np.where(refuse, length, np.inf)
+            )
+        else:
+            self.size = self._grid(grown)
+        self.refused = np.where(refuse, self.refused + 1, 0)
+        if control.remembers:
+            last, before = self.ratios
+            self.ratios = (
+                np.where(accept, np.maximum(ratio, 1e-10), last),
+                np.where(accept, last, before),
+            )
+        self.counts[2] += refuse
         if refuse.any():
             self._check_hope(refuse, ratio, control)
         stuck = accept & (self.t + length == self.t) & (self.size <= length)
@@ -221,11 +232,11 @@ class _RowMarch:
 
         each: how many each row would need, where they need different numbers.
         """
-        more = self.stats.calls - calls if each is None else each[needed]
-        self.counts[0, self.rows[needed]] += more
+        more = self.stats.calls - calls if each is None else each
+        self.counts[0] += needed * more
         return self.stats.calls
 
-    def _grid(self, size: Array, below: Any = np.inf) -> Array:
+    def _grid(self, size: Array, below: Array | None = None) -> Array:
         """Sizes that do not carry the rounding of a batch's arithmetic; fixed ones stay.
 
         below: what they must be shorter than, unless that is the shortest there may be.
@@ -234,13 +245,15 @@ class _RowMarch:
         if not isinstance(control, Adaptive):
             return size
         found = on_grid(size)
-        return control.within(np.where(found < below, found, on_grid(0.95 * below)))
+        if below is not None:
+            found = np.where(found < below, found, on_grid(0.95 * below))
+        return control.within(found)
 
     def _accept(self, step: Step, accept: Array, h: Array, end: Array, slot: Array) -> None:
         """Move the rows whose steps were good enough; the others stay where they are."""
         if not accept.any():
             return
-        self.counts[1, self.rows[accept]] += 1
+        self.counts[1] += accept
         if self.keep:
             self._write(accept, h, slot)
         moved = torch.from_numpy(accept).to(self.y[0].device)
@@ -261,7 +274,8 @@ class _RowMarch:
         if self.watch and not is_finite(self.integral):
             raise self._failure("a rate turned non-finite", self._numbers(bad_rows(self.integral)))
         self.t = np.where(accept, end, self.t)
-        self._arrive(np.where(accept, slot, -1))
+        if (slot >= 0).any():
+            self._arrive(slot)
 
     def _write(self, accept: Array, h: Array, slot: Array) -> None:
         """The record of this step: of the rows that took it, or of all with h = 0 for the rest."""
@@ -272,30 +286,36 @@ class _RowMarch:
             rows = torch.from_numpy(self.rows[taken]).to(device)
             y = _take(self.y, torch.from_numpy(taken).to(device))
         start, length = on_device(self.t[taken], y), on_device(np.where(accept, h, 0.0)[taken], y)
-        reached = torch.from_numpy(np.where(accept, slot, -1)[taken]).to(device)
+        reached = torch.from_numpy(slot[taken]).to(device)
         self.out.record.append(Accepted(rows, start, length, y, reached))
 
     def _pass_reached(self) -> None:
         """Go on to each row's next target that lies ahead; rows without one have arrived."""
         while True:
-            behind = self.alive & (self.next < len(self.targets))
+            self.alive = self.alive & (self.next < len(self.targets))
             index = np.minimum(self.next, len(self.targets) - 1)
-            behind &= self.targets[index, self.rows] == self.t
+            self.target = self.targets[index, self.rows]
+            self.label = self.labels[index, self.rows]
+            behind = self.alive & (self.target == self.t)
             if not behind.any():
                 break
             self.next = self.next + behind
-        self.alive = self.alive & (self.next < len(self.targets))
 
     def _leave(self) -> None:
-        """Take the rows that have arrived out of the batch, where the field allows it."""
-        if self.alive.all() or not self.alive.any() or not self.field.row_wise:
-            self.next = np.minimum(self.next, len(self.targets) - 1)
+        """Take the rows that have arrived out of the batch, where the field allows it and they are
+        a sixteenth of it: to sort the batch costs as much as some evaluations.
+        """
+        arrived = len(self.alive) - np.count_nonzero(self.alive)
+        if arrived in (0, len(self.alive)) or 16 * arrived < len(self.alive):
             return
+        if not self.field.row_wise:
+            return
+        self.totals[:, self.rows] = self.counts
         stay = np.flatnonzero(self.alive)
         at = torch.from_numpy(stay).to(self.y[0].device)
-        self.rows = self.rows[stay]
-        for name in ("t", "direction", "size", "tiniest", "next", "alive", "refused"):
+        for name in _OF_ROWS:
             setattr(self, name, getattr(self, name)[stay])
+        self.counts = self.counts[:, stay]
         self.ratios = (self.ratios[0][stay], self.ratios[1][stay])
         if self.events is not None:
             self.events = self.events[:, stay]
@@ -370,8 +390,10 @@ class _RowMarch:
     # failure -------------------------------------------------------------------------------------
 
     def _check_budget(self) -> None:
-        tried = self.counts[1:, self.rows].sum(0)
-        over = self.alive & (tried >= self.problem.max_steps)
+        self.attempts += 1
+        if self.attempts <= self.problem.max_steps:  # no row has tried more often than the loop
+            return
+        over = self.alive & (self.counts[1:].sum(0) >= self.problem.max_steps)
         if over.any():
             reason = f"max_steps={self.problem.max_steps} steps were not enough"
             if self.problem.watch and np.isinf(self.problem.times[-1, self.rows[over]]).any():

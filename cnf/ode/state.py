@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,12 +45,13 @@ def combine(y: Tensor, slopes: Sequence[Tensor], weights: Weights, h: float) -> 
     """y + h Σ weight · slopes[index], of y's shape and dtype; never changes y.
 
     The sum grows in place: no kernel saves it for backward, so one form serves with a graph and
-    without.
+    without.  Not under torch.func, which may transform the slope and not the sum.
     """
     if not weights:
         return y
     index, weight = weights[0]
-    total, grow = torch.add(y, slopes[index], alpha=h * weight), _growth()
+    grow = Tensor.add if is_transformed() else Tensor.add_
+    total = torch.add(y, slopes[index], alpha=h * weight)
     for index, weight in weights[1:]:
         total = grow(total, slopes[index], alpha=h * weight)
     return total
@@ -61,15 +62,11 @@ def weighted_sum(slopes: Sequence[Tensor], weights: Weights, h: float) -> Tensor
     if not weights:
         return torch.zeros_like(slopes[0])
     index, weight = weights[0]
-    total, grow = slopes[index] * (h * weight), _growth()
+    grow = Tensor.add if is_transformed() else Tensor.add_
+    total = slopes[index] * (h * weight)
     for index, weight in weights[1:]:
         total = grow(total, slopes[index], alpha=h * weight)
     return total
-
-
-def _growth() -> Callable[..., Tensor]:
-    """Addition in place, but where torch.func may transform the slope and not the sum."""
-    return Tensor.add if is_transformed() else Tensor.add_
 
 
 def across(numbers: Tensor, leaf: Tensor) -> Tensor:

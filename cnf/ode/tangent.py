@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+# Whether a transform of torch.func (grad, jvp, vmap, …) is under way; asked once a sum.
+is_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
 def carries_tangent(tensors: Iterable[Tensor]) -> bool:
@@ -15,11 +18,6 @@ def carries_tangent(tensors: Iterable[Tensor]) -> bool:
     if forward_ad._current_level < 0:
         return False
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
-
-
-def is_transformed() -> bool:
-    """Whether a transform of torch.func (grad, jvp, vmap, …) is under way."""
-    return torch._C._are_functorch_transforms_active()
 
 
 def are_batched(cotangents: Iterable[Tensor]) -> bool:

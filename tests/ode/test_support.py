@@ -15,7 +15,10 @@ from cnf.ode.control import FixedStep
 from cnf.ode.event import Event
 from cnf.ode.solution import solve
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),  # torch hides it itself
+]
 PAGE = Path(__file__).parents[2] / "docs" / "solve.md"
 FAMILIES = {"explicit": ("dopri5",)}  # other tests run over every method
 KINDS = (cnf.Backprop, cnf.Checkpoint, cnf.Adjoint, cnf.Reversible)

@@ -38,8 +38,9 @@ class Checkpoint:
     keep: "stages", the states of every step's stages (explicit methods): backward holds the graph
     of one evaluation at a time, or none where the field knows its own vector-Jacobian product;
     "steps", one state for each step: backward repeats the step with its graph; "sqrt", a state for
-    each of about √steps segments: backward repeats a segment before it goes through it; None, the
-    first of these that the method and its steps allow.
+    each of about √steps segments: backward repeats a segment before it goes through it; None,
+    "stages" where the method is explicit and the field knows its own vector-Jacobian product, else
+    "steps".
     memory: instead, the most that may be kept, in bytes or as "256MB": all steps while they fit,
     else as many as do.
     Work is that of backpropagation plus one more evaluation for each stage, two for "sqrt".
@@ -73,8 +74,8 @@ class Checkpoint:
             )
         settings = self
         if self.keep is None and self.memory is None:
-            fits = isinstance(problem.method, ExplicitRungeKutta) and not problem.per_sample
-            settings = Checkpoint("stages" if fits else "steps")
+            explicit = isinstance(problem.method, ExplicitRungeKutta) and not problem.per_sample
+            settings = Checkpoint("stages" if explicit and field.has_formula else "steps")
         return solved_by(_Replayed, settings, problem, field, y, first, stats)
 
     def record(self, problem: Problem, y: Leaves) -> Record:

@@ -22,6 +22,7 @@ from cnf.ode.method import Evaluate, Method, Step
 from cnf.ode.oracle import Oracle
 from cnf.ode.state import Leaves
 from cnf.ode.switching import Switching
+from cnf.ode.trajectory import Steps
 
 Bars = Sequence[Tensor]
 # of the state's size, between the two that should agree; of adaptive steps in rtol as well
@@ -99,7 +100,7 @@ class Coupled:
     ) -> Step:
         y, z = _halves(y)
         one = OnOne(field)
-        if self.record.starts_anew(len(self.record)):
+        if self.record.starts_anew(len(self.record.steps)):
             z, first = y, _twice(one(t, y))
         there = self.method.step(one, t, h, z, _half(first), estimate)
         end = tuple(
@@ -133,18 +134,20 @@ class OnOne:
 
 
 class _Pairs(list[Accepted]):
-    """The accepted steps without their states, but for the pairs with which z started anew."""
+    """The accepted steps at whose beginning z started anew; `steps`: all, without their states."""
 
     def __init__(self, every: int | None) -> None:
         super().__init__()
-        self._every = every
+        self._every, self.steps = every, Steps()
 
     def starts_anew(self, i: int) -> bool:
         """Whether z starts anew from y at the beginning of step i."""
         return self._every is not None and i > 0 and i % self._every == 0
 
     def append(self, step: Accepted) -> None:
-        super().append(step if self.starts_anew(len(self)) else step._replace(y=()))
+        if self.starts_anew(len(self.steps)):
+            super().append(step)
+        self.steps.append(step)
 
 
 class _Undone(torch.autograd.Function):
