@@ -8,18 +8,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cnf import compat as compat
     from cnf import data as data
+    from cnf import nets as nets
     from cnf.error import InputError as InputError
     from cnf.error import IntegrationError as IntegrationError
     from cnf.error import TrainingError as TrainingError
     from cnf.flow.base import DiagonalGaussian as DiagonalGaussian
     from cnf.flow.base import GaussianMixture as GaussianMixture
     from cnf.flow.base import StudentT as StudentT
+    from cnf.flow.coupling import OptimalTransport as OptimalTransport
     from cnf.flow.divergence import ClosedForm as ClosedForm
     from cnf.flow.divergence import Hutchinson as Hutchinson
     from cnf.flow.divergence import Tangents as Tangents
     from cnf.flow.flow import Flow as Flow
     from cnf.flow.objective import FlowMatching as FlowMatching
     from cnf.flow.objective import MaximumLikelihood as MaximumLikelihood
+    from cnf.flow.regularizer import Regularizer as Regularizer
+    from cnf.flow.variational import ReverseKL as ReverseKL
     from cnf.ode.control import Adaptive as Adaptive
     from cnf.ode.control import FixedStep as FixedStep
     from cnf.ode.event import Event as Event
@@ -50,6 +54,9 @@ _HOMES = {
     "InputError": "cnf.error",
     "IntegrationError": "cnf.error",
     "MaximumLikelihood": "cnf.flow.objective",
+    "OptimalTransport": "cnf.flow.coupling",
+    "Regularizer": "cnf.flow.regularizer",
+    "ReverseKL": "cnf.flow.variational",
     "Reversible": "cnf.ode.gradient.reversible",
     "Solution": "cnf.ode.solution",
     "StudentT": "cnf.flow.base",
@@ -59,7 +66,7 @@ _HOMES = {
     "solve": "cnf.ode.solution",
 }
 
-_ROOMS = ("compat", "data")
+_ROOMS = ("compat", "data", "nets")
 
 __all__ = [*_HOMES, *_ROOMS]
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from PIL import Image
 
 from cnf import plot
 
@@ -40,6 +41,22 @@ def training(count: int = 40, **changed: object) -> Figure:
     return plot.training_figure(**(arguments | changed))
 
 
+def walks(times: int, count: int, columns: int = 2) -> np.ndarray:
+    steps = np.random.default_rng(times).normal(size=(times, count, columns))
+    return np.cumsum(0.3 * steps, axis=0)
+
+
+def field(times: int, **changed: object) -> Figure:
+    arguments = {
+        "times": np.linspace(0, 1, times),
+        "log_density_grids": np.stack([normal_grid(20)] * times),
+        "extent": EXTENT,
+        "velocities": np.random.default_rng(0).normal(size=(times, 5, 5, 2)),
+        "points": walks(times, 40),
+    }
+    return plot.field_figure(**(arguments | changed))
+
+
 FIGURES = {
     "density": density,
     "density of one sample": lambda: density(data=points(1), samples=points(1)),
@@ -67,6 +84,17 @@ FIGURES = {
     "training that diverged": lambda: training(
         2, loss=[1.0, np.nan], validation_seconds=[0, 1], validation=[3.0, np.inf], floor=2.0
     ),
+    "trajectories": lambda: plot.trajectory_figure(walks(20, 30), np.linspace(0, 1, 20)),
+    "trajectories of one column": lambda: plot.trajectory_figure(
+        walks(20, 30, 1), np.linspace(0, 1, 20), ["height"], "one"
+    ),
+    "trajectories of three columns": lambda: plot.trajectory_figure(walks(5, 2, 3), range(5)),
+    "field": lambda: field(3),
+    "field at one time": lambda: field(1),
+    "comparison": lambda: plot.comparison_figure(
+        [[normal_grid(20), normal_grid(30)]] * 3, EXTENT, "ab", "xyz", [["", "0.1 nats"]] * 3
+    ),
+    "field that stands still": lambda: field(2, velocities=np.zeros((2, 5, 5, 2))),
     "digits": lambda: plot.digits_figure(points(7, 64), points(5, 64), (8, 8)),
 }
 
@@ -158,12 +186,17 @@ def test_images_are_clipped_to_their_peak() -> None:
         lambda: plot.marginals_figure(points(5, 3), points(5, 2)),
         lambda: plot.marginals_figure(points(5, 3), points(5, 3), ["a"]),
         lambda: plot.training_figure([1, 2], [1.0]),
+        lambda: field(2, velocities=np.zeros((1, 5, 5, 2))),
         lambda: training(nfe=[1.0]),
         lambda: plot.image_grid(points(5, 8), (2, 2, 2)),
+        lambda: plot.trajectory_figure(walks(4, 3), [0.0, 1.0]),
+        lambda: plot.trajectory_figure(points(4), np.arange(4)),
+        lambda: plot.flow_frames([0.0, 1.0], walks(3, 4), EXTENT),
+        lambda: plot.comparison_figure([[normal_grid()]], EXTENT, "ab", "x", [["", ""]]),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(wrong) -> None:
-    with pytest.raises(ValueError, match=r"shape|columns|names|steps|channels"):
+    with pytest.raises(ValueError, match=r"shape|columns|names|steps|channels|fields"):
         wrong()
 
 
@@ -181,6 +214,53 @@ def test_a_figure_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_the_suffix_names_the_format(tmp_path: Path) -> None:
     path = plot.save_figure(density(), tmp_path / "figure.svg")
     assert path.read_text().startswith("<?xml")
+
+
+def test_arrows_point_where_the_field_does() -> None:
+    """Unit vectors to the right are arrows at the cells' centres, each as long as a cell."""
+    figure = field(1, velocities=np.broadcast_to([1.0, 0.0], (1, 6, 6, 2)))
+    (arrows,) = (a for a in figure.axes[0].collections if hasattr(a, "U"))
+    assert np.allclose(arrows.U, 1.0) and not np.any(arrows.V)
+    assert arrows.scale == pytest.approx(1.0)  # arrows to a unit of the axes: 6 cells over 6
+    assert np.allclose(arrows.XY, plot.cell_centres(EXTENT, 6))
+
+
+def test_a_histogram_of_points_is_their_density() -> None:
+    log_density = plot.histogram_log_density(points(200_000), EXTENT, 20)
+    assert log_density.shape == (20, 20)
+    shown = log_density[8:12, 8:12]
+    assert np.abs(shown - (-0.5 * 0.3 - np.log(2 * np.pi))).max() < 0.3
+    corner = plot.histogram_log_density([[2.9, -2.9]], EXTENT, 6)
+    assert corner[0, 5] == 0.0 and np.isneginf(np.delete(corner.ravel(), 5)).all()
+
+
+def test_cells_fill_the_extent_from_below() -> None:
+    centres = plot.cell_centres((0.0, 4.0, 10.0, 12.0), 2)
+    np.testing.assert_allclose(centres, [[1, 10.5], [3, 10.5], [1, 11.5], [3, 11.5]])
+
+
+def test_an_extent_is_a_square_that_holds_the_points() -> None:
+    left, right, bottom, top = plot.extent_of([[[0.0, 0.0], [4.0, 1.0]]])
+    assert right - left == pytest.approx(top - bottom)
+    assert left < 0.05 and right > 3.95 and (bottom + top) / 2 == pytest.approx(0.5)
+
+
+def test_an_animation_has_a_picture_for_every_time(tmp_path: Path) -> None:
+    grids = np.stack([normal_grid(10)] * 3)
+    for densities, panels in ((None, 1), (grids, 2)):
+        frames = plot.flow_frames([0.0, 0.5, 1.0], walks(3, 20), EXTENT, densities, "moving")
+        assert len(frames) == 3 and frames[0].dtype == np.uint8
+        assert frames[0].shape[1] == pytest.approx(panels * 350, rel=0.1)
+        assert (frames[0] != frames[2]).any()
+        path = plot.save_animation(frames, tmp_path / "a.gif", seconds=1.0)
+        with Image.open(path) as picture:
+            assert picture.n_frames == 3 and picture.size == frames[0].shape[1::-1]
+            assert picture.info["duration"] == 330  # a third of the time, to GIF's hundredths
+
+
+def test_an_animation_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no frames"):
+        plot.save_animation([], tmp_path / "a.gif")
 
 
 def test_figures_leave_no_global_state() -> None:

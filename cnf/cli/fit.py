@@ -18,6 +18,7 @@ from cnf.cli.folder import CONFIG, FIGURES, MODEL, RunFolder, claimed_folder, js
 from cnf.cli.picture import save_density, save_training
 from cnf.cli.source import Source, read_source
 from cnf.flow.flow import Flow
+from cnf.flow.regularizer import Regularizer
 from cnf.flow.report import held_out
 from cnf.training.loop import Progress
 
@@ -123,9 +124,13 @@ def _train(flow: Flow, source: Source, arguments: Namespace, folder: RunFolder) 
 
 
 def _settings(arguments: Namespace) -> dict[str, Any]:
-    """What goes to `Flow.fit` as it was given."""
-    names = ("method", "seconds", "steps", "seed", "lr", "batch_size", "device")
-    return {name: getattr(arguments, name) for name in names}
+    """What goes to `Flow.fit`."""
+    names = ("method", "seconds", "steps", "seed", "lr", "batch_size", "device", "coupling")
+    return {name: getattr(arguments, name) for name in names} | {
+        "regularizer": Regularizer(
+            kinetic=arguments.kinetic, jacobian=arguments.jacobian, steer=arguments.steer
+        )
+    }
 
 
 def _config(flow: Flow, source: Source, arguments: Namespace) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from cnf.replace import replacing
 
 MODEL, CONFIG, FIGURES, STEPS = "model.safetensors", "config.json", "metrics.json", "metrics.jsonl"
 DENSITY, SAMPLES, TRAINING = "density.png", "samples.png", "training.png"
-TRADEOFF = "tradeoff.png"  # which `cnf plot` adds
 FILES = (MODEL, CONFIG, FIGURES, STEPS, DENSITY, SAMPLES, TRAINING)
+# what `cnf plot` may add
+DRAWN = ("pairs.png", "trajectories.png", "field.png", "animation.gif", "tradeoff.png")
 
 
 class RunFolder:
@@ -40,7 +41,7 @@ class RunFolder:
 
     def begin(self, config: Mapping[str, Any]) -> None:
         """Write config.json and open the record of steps, once what an older run left is gone."""
-        for name in (*FILES, TRADEOFF):
+        for name in (*FILES, *DRAWN):
             if name != STEPS:  # it holds our claim to the folder, and is emptied below
                 (self.path / name).unlink(missing_ok=True)
         self.write_json(CONFIG, config)

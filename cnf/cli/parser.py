@@ -34,13 +34,13 @@ EVALUATE IT
 
   gives log p(x) in nats for every row, and their mean.
 
-TRUST IT
+TRUST IT, AND SEE IT
   cnf check runs/moons                     does it integrate to 1, invert, agree with itself?
-  cnf plot runs/moons --what tradeoff      error and time against evaluations of the field
+  cnf plot runs/moons --what animation     the base on its way to the data; see cnf plot --help
 
 EACH VERB HAS A PAGE
   cnf fit --help       cnf sample --help       cnf logprob --help
-  cnf check --help     cnf plot --help
+  cnf check --help     cnf plot --help         cnf reproduce --help
 """
 
 CODES = """\
@@ -109,6 +109,46 @@ examples:
   cnf logprob runs/wine other.csv --columns 0,3 -o log_prob.csv --json
 """
 
+PLOT_PAGE = """\
+Draw a picture of the flow in a run folder and write it there, or to a file of your own.
+
+WHAT is one of
+  density       data, density and samples side by side
+  samples       data and samples: images in a grid, other rows by their columns
+  pairs         histograms and pairs of columns, data and samples over each other
+  trajectories  the paths of some points from the base to the data
+  field         density, vector field and points at several times (two columns)
+  animation     points moving from the base to the data, and their density: a GIF
+  training      loss, validation score and evaluations of the field over time
+  tradeoff      error and time of log p(x) against the number of evaluations of the field, for
+                several methods with fixed steps, and for the flow's own solver; a table as well
+
+Data are read or drawn again, as config.json says: a table must still be where it was.
+The rows of a tradeoff come from FILE, in the units of the training data, or from the flow.
+"""
+
+PLOT_EXAMPLES = """\
+examples:
+  cnf plot runs/moons --what density              writes runs/moons/density.png
+  cnf plot runs/moons --what animation -o moons.gif
+  cnf plot runs/wine --what pairs -o pairs.pdf
+  cnf plot runs/wine new.csv --what tradeoff -o tradeoff.pdf --json
+"""
+
+REPRODUCE_PAGE = """\
+Draw a figure of the papers by what is trained on the spot, with its numbers, into a folder.
+
+  fig4   Chen et al. 2018, figure 4: planar normalizing flows of depth K = 2, 8, 32 against planar
+         continuous flows of width M = 2, 8, 32, by reverse KL to four densities
+  fig5   Chen et al. 2018, figure 5: two circles and two moons, densities and samples over time
+"""
+
+REPRODUCE_EXAMPLES = """\
+examples:
+  cnf reproduce fig4 --quick          a few minutes instead of an hour
+  cnf reproduce fig5 --out runs/fig5
+"""
+
 
 CHECK_PAGE = """\
 Measure what must agree if log p(x) can be trusted, and print a table and a verdict:
@@ -127,21 +167,6 @@ CHECK_EXAMPLES = """\
 examples:
   cnf check runs/moons
   cnf check runs/wine new.csv --json
-"""
-
-PLOT_PAGE = """\
-Draw a figure of a run, and print what is in it.
-
-  tradeoff       error and time of log p(x) against the number of evaluations of the field, for
-                 several methods with fixed steps, and for the flow's own solver
-
-Rows come from FILE, in the units of the training data, or are drawn from the flow.
-"""
-
-PLOT_EXAMPLES = """\
-examples:
-  cnf plot runs/moons --what tradeoff
-  cnf plot runs/wine new.csv --what tradeoff -o tradeoff.pdf --json
 """
 
 
@@ -229,6 +254,21 @@ def _fit_arguments(verb: Parser) -> None:
         default="auto",
         help="flow matching, maximum likelihood, or auto: the first, then the second",
     )
+    training.add_argument(
+        "--coupling",
+        choices=("independent", "ot"),
+        default="independent",
+        help="of noise and data in flow matching; ot: the shortest paths of a group",
+    )
+    training.add_argument(
+        "--kinetic", metavar="X", type=_weight, default=0.0, help="weight of the paths' energy (0)"
+    )
+    training.add_argument(
+        "--jacobian", metavar="X", type=_weight, default=0.0, help="of the field's Jacobian (0)"
+    )
+    training.add_argument(
+        "--steer", metavar="X", type=_weight, default=0.0, help="spread of random end times (0)"
+    )
     training.add_argument("--batch-size", metavar="N", type=_count, help="rows of a step")
     training.add_argument("--lr", metavar="X", type=_positive, help="the largest learning rate")
     _device_argument(training)
@@ -264,12 +304,23 @@ def _check_arguments(verb: Parser) -> None:
 
 def _plot_arguments(verb: Parser) -> None:
     _rows_arguments(verb)
-    verb.add_argument("--what", choices=("tradeoff",), required=True, help="what to draw")
+    verb.add_argument("--what", metavar="WHAT", default="density", help="the picture (density)")
     verb.add_argument(
-        "-o", metavar="FILE", dest="output", help="where to draw it (default: into RUN)"
+        "-o", metavar="FILE", dest="output", help="where to write (default: RUN/WHAT.png; .gif)"
     )
+    verb.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+    verb.add_argument("--seed", metavar="K", type=_seed, default=0, help="of the samples (0)")
     verb.add_argument("--json", action="store_true", help="print one JSON object")
     _device_argument(verb)
+
+
+def _reproduce_arguments(verb: Parser) -> None:
+    verb.add_argument("what", choices=("fig4", "fig5"), help="the figure")
+    verb.add_argument("--quick", action="store_true", help="train less: the picture in short")
+    verb.add_argument("--out", metavar="DIR", help="the folder (default: runs/WHAT)")
+    verb.add_argument("--seed", metavar="K", type=_seed, default=0, help="of all that is drawn (0)")
+    verb.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
+    verb.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def _rows_arguments(verb: Parser) -> None:
@@ -299,6 +350,7 @@ VERBS = (
     ("logprob", LOGPROB_PAGE, LOGPROB_EXAMPLES, _logprob_arguments),
     ("check", CHECK_PAGE, CHECK_EXAMPLES, _check_arguments),
     ("plot", PLOT_PAGE, PLOT_EXAMPLES, _plot_arguments),
+    ("reproduce", REPRODUCE_PAGE, REPRODUCE_EXAMPLES, _reproduce_arguments),
 )
 
 
@@ -328,6 +380,10 @@ def _positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
+
+
+def _weight(text: str) -> float:
+    return 0.0 if text.strip("0.") == "" and "0" in text else _positive(text)
 
 
 def _band(text: str) -> tuple[float, ...] | str | None:

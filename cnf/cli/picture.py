@@ -3,67 +3,161 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from cnf.cli.folder import DENSITY, SAMPLES, TRAINING
 from cnf.cli.source import Source
+from cnf.error import InputError
+from cnf.flow.budget import Tradeoff
+from cnf.flow.course import log_density_at, paths, velocity_at
 from cnf.flow.flow import Flow
 from cnf.flow.report import Extent, grid_log_prob
 from cnf.plot import (
+    cell_centres,
     density_figure,
     digits_figure,
+    extent_of,
+    field_figure,
+    flow_frames,
     line_figure,
     marginals_figure,
     save_figure,
+    tradeoff_figure,
     training_figure,
+    trajectory_figure,
 )
 from cnf.training.loop import Progress
 
 POINTS = 6000  # samples that are drawn
 IMAGES = 64
+PATHS, PATH_TIMES = 300, 60  # trajectories, and points of each
+ARROWS, FIELD_GRID = 16, 100  # a side, of a field's picture
+FRAMES, FRAME_GRID = 40, 64  # of an animation, and cells a side of its densities
 CURVE = 500  # points of the density in one dimension
 GRID = 200  # and on each side in two
 
 
-@torch.no_grad()
 def save_density(flow: Flow, source: Source, folder: Path) -> Path:
     """Draw data, samples and, in one or two dimensions, the density; the picture's path."""
-    data, context = source.parts(_shown_rows(source))
-    if context is not None:  # samples for the very contexts of the rows
-        samples = _array(flow.sample(len(data), context, seed=0))
-        figure = marginals_figure(data, samples, source.columns, source.name)
-        return save_figure(figure, folder / DENSITY)
-    samples = _samples(flow, IMAGES if source.shape else POINTS)
-    if source.shape:
-        figure = digits_figure(data[:IMAGES], samples, source.shape)
-        return save_figure(figure, folder / SAMPLES)
-    if flow.dim == 1:
-        grid = np.linspace(*_limits(data[:, 0]), CURVE)
-        density = _array(flow.log_prob(grid[:, None])).astype(float)
-        figure = line_figure(grid, np.exp(density), data, samples, source.name)
-    elif flow.dim == 2:
-        extent = _extent(data, square=source.law is not None)
-        figure = density_figure(data, *grid_log_prob(flow, extent, GRID), samples, source.name)
-    else:
-        figure = marginals_figure(data, samples, source.columns, source.name)
-    return save_figure(figure, folder / DENSITY)
+    name = SAMPLES if source.shape else DENSITY
+    return save_figure(density_picture(flow, source), folder / name)
 
 
 def save_training(
     history: Sequence[Progress], folder: Path, name: str, entropy: float | None
 ) -> Path:
     """Draw loss, validation and evaluations over the time of all phases; the picture's path."""
+    return save_figure(training_picture(history, name, entropy), folder / TRAINING)
+
+
+@torch.no_grad()
+def density_picture(flow: Flow, source: Source) -> Figure:
+    """The density beside data and samples in one or two dimensions, images beside images, and
+    columns in pairs in any other.
+    """
+    if source.shape or source.context or flow.dim > 2:
+        return samples_picture(flow, source)
+    data, samples = _shown_rows(source), _samples(flow, POINTS)
+    if flow.dim == 1:
+        grid = np.linspace(*_limits(data[:, 0]), CURVE)
+        density = _array(flow.log_prob(grid[:, None])).astype(float)
+        return line_figure(grid, np.exp(density), data, samples, source.name)
+    extent = _extent(data, square=source.law is not None)
+    return density_figure(data, *grid_log_prob(flow, extent, GRID), samples, source.name)
+
+
+def samples_picture(flow: Flow, source: Source, seed: int = 0) -> Figure:
+    """Data beside samples: images in a grid, other rows by their columns."""
+    if not source.shape:
+        return pairs_picture(flow, source, seed)
+    return digits_figure(_shown_rows(source)[:IMAGES], _samples(flow, IMAGES, seed), source.shape)
+
+
+def pairs_picture(flow: Flow, source: Source, seed: int = 0) -> Figure:
+    """Histograms and pairs of columns, data and samples over each other."""
+    data, context = source.parts(_shown_rows(source))
+    if context is None:
+        samples = _samples(flow, POINTS, seed)
+    else:  # for the very contexts of the rows
+        samples = _array(flow.sample(len(data), context, seed=seed))
+    return marginals_figure(data, samples, source.columns, source.name)
+
+
+@torch.no_grad()
+def trajectories_picture(flow: Flow, columns: Sequence[str], name: str, seed: int = 0) -> Figure:
+    """The paths of some points from the base to the data."""
+    _check_unconditional(flow, "trajectories")
+    times = np.linspace(0.0, 1.0, PATH_TIMES)
+    found = paths(flow, flow.draw_base(PATHS, seed), times)
+    return trajectory_figure(_array(found), times, columns, name)
+
+
+@torch.no_grad()
+def field_picture(flow: Flow, name: str, seed: int = 0) -> Figure:
+    """Density, field and points at several times, of a flow in the plane."""
+    _check_unconditional(flow, "field")
+    _check_plane(flow, "field")
+    times = (0.0, 0.25, 0.5, 0.75, 1.0)
+    points = _array(paths(flow, flow.draw_base(POINTS // 3, seed), times))
+    extent = extent_of(points)
+    densities = _densities(flow, times, extent, FIELD_GRID)
+    at = torch.from_numpy(cell_centres(extent, ARROWS)).to(flow.device, flow.dtype)
+    arrows = [_array(velocity_at(flow, at, t)).reshape(ARROWS, ARROWS, 2) for t in times]
+    return field_figure(times, densities, extent, arrows, points, name)
+
+
+@torch.no_grad()
+def animation_frames(flow: Flow, name: str, seed: int = 0) -> list[np.ndarray]:
+    """The points of the base on their way to the data, in the plane with their density."""
+    _check_unconditional(flow, "animation")
+    if flow.dim < 2:
+        raise InputError(
+            "--what animation moves points in a plane, and the flow has one column; try "
+            "--what trajectories"
+        )
+    times = np.linspace(0.0, 1.0, FRAMES)
+    points = _array(paths(flow, flow.draw_base(POINTS // 3, seed), times))[..., :2]
+    extent = extent_of(points)
+    densities = _densities(flow, times, extent, FRAME_GRID) if flow.dim == 2 else None
+    return flow_frames(times, points, extent, densities, name)
+
+
+def _densities(flow: Flow, times: Iterable[float], extent: Extent, cells: int) -> list[np.ndarray]:
+    at = torch.from_numpy(cell_centres(extent, cells)).to(flow.device, flow.dtype)
+    found = (_array(log_density_at(flow, at, float(t))) for t in times)
+    return [grid.astype(float).reshape(cells, cells) for grid in found]
+
+
+def _check_unconditional(flow: Flow, what: str) -> None:
+    if flow.context:
+        raise InputError(
+            f"--what {what} draws one density, and this run has one for each context; try "
+            "--what samples"
+        )
+
+
+def _check_plane(flow: Flow, what: str) -> None:
+    if flow.dim != 2:
+        raise InputError(
+            f"--what {what} is for flows of two columns, and this one has {flow.dim}; try "
+            "--what trajectories"
+        )
+
+
+def training_picture(history: Sequence[Progress], name: str, entropy: float | None) -> Figure:
+    """Loss, validation and evaluations of the field over the time of all phases."""
     scored = [
         (record.seconds, record.validation)
         for record in history
         if record.validation is not None and math.isfinite(record.validation)
     ]
-    figure = training_figure(
+    return training_figure(
         [record.seconds for record in history],
         [record.loss for record in history],
         [seconds for seconds, _ in scored],
@@ -73,7 +167,18 @@ def save_training(
         phases=_phases(history),
         title=name,
     )
-    return save_figure(figure, folder / TRAINING)
+
+
+def tradeoff_picture(found: Tradeoff, name: str) -> Figure:
+    """Error against evaluations and time, a curve for each method."""
+    *budgets, own = found.settings
+    curves = {
+        method: [
+            (one.nfe, one.log_prob_error, one.seconds) for one in budgets if one.method == method
+        ]
+        for method in dict.fromkeys(one.method for one in budgets)
+    }
+    return tradeoff_figure(curves, (own.nfe, own.log_prob_error, own.seconds), name)
 
 
 def _phases(history: Sequence[Progress]) -> list[tuple[float, str]]:
@@ -92,8 +197,8 @@ def _shown_rows(source: Source) -> np.ndarray:
     return np.concatenate([held_out, more])
 
 
-def _samples(flow: Flow, count: int) -> np.ndarray:
-    return _array(flow.sample(count, seed=0))
+def _samples(flow: Flow, count: int, seed: int = 0) -> np.ndarray:
+    return _array(flow.sample(count, seed=seed))
 
 
 def _array(values: Tensor) -> np.ndarray:

@@ -1,41 +1,197 @@
-"""`cnf plot`: figures of a run, drawn when they are asked for."""
+"""`cnf plot`: a picture of a run.
+
+A kind of picture is one entry of KINDS: a function that draws a run, and what it returns is saved.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from cnf.cli.check import checked_rows
 from cnf.cli.device import usable_device
-from cnf.cli.folder import TRADEOFF, Run, json_text, read_run
+from cnf.cli.folder import CONFIG, FIGURES, STEPS, Run, json_text, read_run
+from cnf.cli.picture import (
+    animation_frames,
+    density_picture,
+    field_picture,
+    pairs_picture,
+    samples_picture,
+    tradeoff_picture,
+    training_picture,
+    trajectories_picture,
+)
+from cnf.cli.source import Source, read_source
 from cnf.error import InputError
-from cnf.plot import save_figure, tradeoff_figure
+from cnf.flow.budget import Tradeoff
+from cnf.flow.flow import Flow
+from cnf.plot import save_animation, save_figure
+from cnf.training.loop import Progress
 
-SUFFIXES = (".png", ".pdf", ".svg")
+
+class Subject:
+    """The run that is drawn; what is not in its model is found where a picture asks for it."""
+
+    def __init__(self, run: Run, arguments: Namespace) -> None:
+        self.run, self.seed, self._arguments = run, arguments.seed, arguments
+
+    @property
+    def flow(self) -> Flow:
+        return self.run.flow
+
+    @property
+    def name(self) -> str:
+        return self.run.path.resolve().name
+
+    @cached_property
+    def source(self) -> Source:
+        """The data of the run, read or drawn again as its config.json says."""
+        config = _json_of(self.run.path / CONFIG)
+        try:
+            given, data = config["arguments"], config["data"]
+            name, settings = given["data"], {"seed": given["seed"], "rows": given["rows"]}
+            columns, dequantized = given["columns"], given["dequantize"]
+            context = given.get("context") or ()
+        except (KeyError, TypeError) as error:
+            raise _damaged(self.run.path / CONFIG) from error
+        return read_source(
+            data.get("file", name),
+            **settings,
+            columns=columns,
+            context=context,
+            dequantized=dequantized,
+        )
+
+    @cached_property
+    def history(self) -> list[Progress]:
+        """The records of all training steps."""
+        path = self.run.path / STEPS
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            records = [_progress(json.loads(line)) for line in lines]
+        except FileNotFoundError as error:
+            raise InputError(f"{self.run.path} holds no {STEPS}; fit again") from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise _damaged(path) from error
+        if not records:
+            raise InputError(f"{path} records no step, so there is no training to draw; fit again")
+        return records
+
+    @property
+    def entropy(self) -> float | None:
+        """The entropy of the data, where the run's figures know it."""
+        path = self.run.path / FIGURES
+        found = _json_of(path).get("entropy") if path.exists() else None
+        return float(found) if isinstance(found, int | float) else None
+
+    @cached_property
+    def tradeoff(self) -> Tradeoff:
+        """Errors and times against evaluations, on the rows of the file or of the flow."""
+        return self.flow.tradeoff(*checked_rows(self.run, self._arguments))
 
 
+def _progress(record: dict[str, Any]) -> Progress:
+    """A record as it was: JSON has null for a loss that was not finite."""
+    known = {field.name for field in fields(Progress)}
+    kept = {name: value for name, value in record.items() if name in known}
+    return Progress(**{**kept, "loss": math.nan if kept["loss"] is None else kept["loss"]})
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path) from error
+    if not isinstance(found, dict):
+        raise _damaged(path)
+    return found
+
+
+def _damaged(path: Path) -> InputError:
+    return InputError(f"{path} is damaged; restore it or fit again")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of picture: how it is drawn and saved, the suffixes its file may have, and the numbers
+    that are printed with it.
+    """
+
+    draw: Callable[[Subject], Any]
+    save: Callable[[Any, Path], Path] = save_figure
+    suffixes: tuple[str, ...] = (".png", ".pdf", ".svg")
+    numbers: Callable[[Subject], Any] = lambda subject: None
+
+
+KINDS = {
+    "density": Kind(lambda subject: density_picture(subject.flow, subject.source)),
+    "samples": Kind(lambda subject: samples_picture(subject.flow, subject.source, subject.seed)),
+    "pairs": Kind(lambda subject: pairs_picture(subject.flow, subject.source, subject.seed)),
+    "trajectories": Kind(
+        lambda subject: trajectories_picture(
+            subject.flow, subject.run.columns, subject.name, subject.seed
+        )
+    ),
+    "field": Kind(lambda subject: field_picture(subject.flow, subject.name, subject.seed)),
+    "animation": Kind(
+        lambda subject: animation_frames(subject.flow, subject.name, subject.seed),
+        save_animation,
+        (".gif",),
+    ),
+    "training": Kind(
+        lambda subject: training_picture(subject.history, subject.name, subject.entropy)
+    ),
+    "tradeoff": Kind(
+        lambda subject: tradeoff_picture(subject.tradeoff, subject.name),
+        numbers=lambda subject: subject.tradeoff,
+    ),
+}
+
+
+@torch.no_grad()
 def run(arguments: Namespace) -> None:
-    """Draw what `--what` names; the figures behind it go to stdout."""
-    if arguments.output and Path(arguments.output).suffix.lower() not in SUFFIXES:
+    """Draw the picture and write it, by default into the run folder."""
+    kind = KINDS.get(arguments.what)
+    if kind is None:
         raise InputError(
-            f"-o {arguments.output} is no figure; give it the suffix {', '.join(SUFFIXES)}"
+            f"--what {arguments.what} is no kind of picture; known are {', '.join(KINDS)}"
         )
     trained = read_run(arguments.run_folder, usable_device(arguments.device))
-    {"tradeoff": _tradeoff}[arguments.what](trained, arguments)
-
-
-def _tradeoff(trained: Run, arguments: Namespace) -> None:
-    """Error and time against evaluations, as a table and a figure."""
-    found = trained.flow.tradeoff(*checked_rows(trained, arguments))
-    path = Path(arguments.output) if arguments.output else trained.path / TRADEOFF
-    *budgets, own = found.settings
-    curves = {
-        name: [(one.nfe, one.log_prob_error, one.seconds) for one in budgets if one.method == name]
-        for name in dict.fromkeys(one.method for one in budgets)
-    }
-    figure = tradeoff_figure(curves, (own.nfe, own.log_prob_error, own.seconds), trained.path.name)
-    save_figure(figure, path)
+    output = _output(arguments, kind, trained)
+    subject = Subject(trained, arguments)
+    path = kind.save(kind.draw(subject), output)
+    numbers = kind.numbers(subject)
     if arguments.json:
-        print(json_text({"file": str(path), **found.as_dict()}))
+        found = {} if numbers is None else numbers.as_dict()
+        print(json_text({"file": str(path), "what": arguments.what, **found}))
+    elif numbers is None:
+        print(f"{arguments.what} of {trained.path} in {path}")
     else:
-        print(f"{found}\n{path}")
+        print(f"{numbers}\n{path}")
+
+
+def _output(arguments: Namespace, kind: Kind, trained: Run) -> Path:
+    """Where the picture goes: into the run folder, where it can be drawn again at any time, or to
+    a file that the user named, which is not replaced unasked.
+    """
+    if arguments.output is None:
+        return trained.path / f"{arguments.what}{kind.suffixes[0]}"
+    output = Path(arguments.output)
+    if output.suffix.lower() not in kind.suffixes:
+        raise InputError(
+            f"-o {output} is no file for {arguments.what}; give it the suffix "
+            f"{' or '.join(kind.suffixes)}"
+        )
+    if not output.parent.is_dir():
+        raise InputError(f"there is no folder {output.parent} to write {output.name} to; make it")
+    if output.exists() and not arguments.overwrite:
+        raise InputError(f"{output} exists; give another name, or --overwrite to replace it")
+    return output

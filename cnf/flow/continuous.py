@@ -77,11 +77,14 @@ class Solver:
 
 
 class Moved(NamedTuple):
-    """Where points arrive, (batch, dim); logdet of the map that moved them, (batch,); the cost."""
+    """Where points arrive, (batch, dim); logdet of the map that moved them, (batch,); the cost;
+    integrals of whatever else the divergence's field gives along the path, (batch,) each.
+    """
 
     x: Tensor
     logdet: Tensor
     stats: Stats
+    along: tuple[Tensor, ...] = ()
 
 
 @torch.no_grad()
@@ -158,4 +161,6 @@ def move_with_logdet(
         quadrature=True,
         max_steps=solver.max_steps,
     )
-    return Moved(solution.y[-1], solution.integral[-1], solution.stats)
+    found = solution.integral
+    logdet, *along = (found,) if isinstance(found, Tensor) else found
+    return Moved(solution.y[-1], logdet[-1], solution.stats, tuple(part[-1] for part in along))

@@ -25,18 +25,20 @@ from cnf.flow.accuracy import (
     valued,
     within_error,
 )
-from cnf.flow.base import LearnedBase, drawn
+from cnf.flow.base import LearnedBase
 from cnf.flow.batch import as_batch, as_context, shaped_context
 from cnf.flow.budget import BUDGETS, METHODS, Tradeoff, tradeoff, with_budget
 from cnf.flow.check import Check, examined
+from cnf.flow.coupling import Coupling
 from cnf.flow.distribution import FlowDistribution, FlowTransform
 from cnf.flow.recipe import fit_flow
+from cnf.flow.regularizer import Regularizer
 from cnf.flow.setting import checked_guidance
 from cnf.flow.storage import damaged, fill, read, write
 from cnf.flow.transport import OwnField, Transport
+from cnf.flow.variational import fit_flow_to_density
 from cnf.ode.tableau import Tableau
 from cnf.training.loop import Progress
-from cnf.training.seed import seeded
 
 CHUNK = 16_384  # rows solved together where no gradient ties them
 
@@ -271,8 +273,7 @@ class Flow(Transport):
         n = whole_number("n", n, 0)
         given = as_context(context, torch.Size([n]), self.kind, self.context)
         request = self._request(**how)
-        with seeded(seed, self.device):
-            z = drawn(self.base, n, self.dim, self.dtype, self.device)
+        z = self.draw_base(n, seed)
         contexts = [None] * len(z.split(CHUNK)) if given is None else given.split(CHUNK)
         pairs = zip(z.split(CHUNK), contexts, strict=True)
         parts = [self.decoded(*rows, request, return_log_prob) for rows in pairs]
@@ -322,6 +323,8 @@ class Flow(Transport):
         lr: float | None = None,
         batch_size: int | None = None,
         validation: float | Any = 0.1,
+        regularizer: Regularizer | None = None,
+        coupling: str | Coupling = "independent",
         callback: Callable[[Progress], None] | None = None,
         device: str | torch.device | None = None,
         progress: bool = True,
@@ -333,8 +336,9 @@ class Flow(Transport):
         start, then the second.  What is open of the default field is chosen first, by short trials
         that are judged on the validation rows.  seconds or steps: the budget, by default 50
         seconds; validation: a share of the rows, or rows of their own (with a context a pair of
-        both), on which the best weights are chosen; callback: is given a Progress record after
-        every step; progress: a bar on stderr.
+        both), on which the best weights are chosen; regularizer: what maximum likelihood adds to
+        its loss; coupling: of noise and data in flow matching; callback: is given a Progress record
+        after every step; progress: a bar on stderr.
         Raises InputError for data that cannot be fitted; IntegrationError or TrainingError where
         training cannot go on.
         """
@@ -349,6 +353,46 @@ class Flow(Transport):
             lr=lr,
             batch_size=batch_size,
             validation=validation,
+            regularizer=regularizer,
+            coupling=coupling,
+            callback=callback,
+            device=device,
+            progress=progress,
+        )
+        return self
+
+    def fit_to_density(
+        self,
+        log_density: Callable[[Tensor], Tensor],
+        *,
+        seconds: float | None = None,
+        steps: int | None = None,
+        seed: int | None = None,
+        lr: float | None = None,
+        batch_size: int = 512,
+        regularizer: Regularizer | None = None,
+        callback: Callable[[Progress], None] | None = None,
+        device: str | torch.device | None = None,
+        progress: bool = True,
+    ) -> Self:
+        """This flow, fitted to a density that is known up to a constant, by reverse KL.
+
+        log_density: x (n, dim) → (n,), nats, differentiable by x and row by row; batch_size: draws
+        of a step; the rest as for `fit`.  The best weights are chosen on draws that stay the same.
+        Minus the loss bounds the log of the density's integral from below; what lies far from all
+        draws is not seen: a mode that no draw reaches is missed.
+        Raises InputError for a log-density that cannot be used.
+        Source: Rezende & Mohamed 2015, section 2.
+        """
+        fit_flow_to_density(
+            self,
+            log_density,
+            seconds=seconds,
+            steps=steps,
+            seed=seed,
+            lr=lr,
+            batch_size=batch_size,
+            regularizer=regularizer,
             callback=callback,
             device=device,
             progress=progress,

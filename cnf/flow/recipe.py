@@ -21,8 +21,10 @@ from tqdm import tqdm
 from cnf.data.rows import HUGE, as_rows, as_table, check_values, quoted, reason
 from cnf.error import InputError, IntegrationError, whole_number
 from cnf.flow.batch import Kind, shaped_context
+from cnf.flow.coupling import Coupling
 from cnf.flow.objective import FlowMatching, MaximumLikelihood, Trainable
 from cnf.flow.pilot import choose_field, pilot_plan
+from cnf.flow.regularizer import Regularizer
 from cnf.flow.transform import Support
 from cnf.training.loop import Batch, Batches, Best, Plan, Progress, put, train
 from cnf.training.seed import seeded
@@ -87,14 +89,21 @@ def fit_flow(
     lr: float | None,
     batch_size: int | None,
     validation: float | Any,
+    regularizer: Regularizer | None,
+    coupling: str | Coupling,
     callback: Callable[[Progress], None] | None,
     device: str | torch.device | None,
     progress: bool,
 ) -> None:
     """Fit `flow` in place; the arguments are those of `Flow.fit`."""
     if device is not None:
-        _move(flow, device)
+        move_flow(flow, device)
     plans = _plans(flow, method, seconds, steps, lr)
+    objectives: dict[str, nn.Module] = {
+        "fm": FlowMatching(flow, coupling=coupling),
+        "ml": MaximumLikelihood(flow, tolerance=TOLERANCE, regularizer=regularizer),
+    }
+    _refuse_unused(objectives, plans, method)
     batch_size = BATCH if batch_size is None else whole_number("batch_size", batch_size, 1)
     if not any(p.requires_grad for p in flow.parameters()):
         raise InputError("the flow has no parameters to fit; make its field a torch.nn.Module")
@@ -103,8 +112,8 @@ def fit_flow(
         if flow.whitens and not flow.whitening.is_fitted:
             flow.whiten(*in_parts(_sample_of(split.training, flow), flow))
         batches = split.batches(batch_size, flow)
-        records = _run(flow, plans, batches, split.validation)
-        shown = _bar(records, plans) if progress else records
+        records = _run(flow, plans, objectives, batches, split.validation)
+        shown = with_bar(records, plans) if progress else records
         # closed here: an error's traceback would keep them, and the best weights, waiting
         try:
             with closing(records), closing(shown):
@@ -115,7 +124,8 @@ def fit_flow(
             flow.zero_grad()  # of the field that is now in place
 
 
-def _move(flow: Any, device: str | torch.device) -> None:
+def move_flow(flow: Any, device: str | torch.device) -> None:
+    """Move the flow; raises InputError for a device that is not there."""
     try:
         flow.to(device)
     except (RuntimeError, AssertionError, TypeError) as error:
@@ -125,7 +135,13 @@ def _move(flow: Any, device: str | torch.device) -> None:
         ) from error
 
 
-def _run(flow: Any, plans: list[Plan], batches: Batches, validation: Tensor) -> Generator[Progress]:
+def _run(
+    flow: Any,
+    plans: list[Plan],
+    objectives: dict[str, nn.Module],
+    batches: Batches,
+    validation: Tensor,
+) -> Generator[Progress]:
     """The records of all phases; whatever ends them, the flow is left with its best weights."""
     elapsed = 0.0
     score = _Score(flow, validation)
@@ -141,11 +157,7 @@ def _run(flow: Any, plans: list[Plan], batches: Batches, validation: Tensor) -> 
     try:
         for i, plan in enumerate(plans):
             later = sum(after.seconds or 0.0 for after in plans[i + 1 :])
-            objective: nn.Module = (
-                FlowMatching(flow)
-                if plan.phase == "fm"
-                else MaximumLikelihood(flow, tolerance=TOLERANCE)
-            )
+            objective = objectives[plan.phase]
             if best.weights:
                 put(parameters, best.weights)
             score.objective = objective
@@ -168,14 +180,7 @@ def _plans(
 ) -> list[Plan]:
     if method not in ("auto", "fm", "ml"):
         raise InputError(f"unknown method {method!r}; known are auto, fm, ml")
-    if seconds is not None and steps is not None:
-        raise InputError("seconds= and steps= are both budgets: give one of them")
-    for name, value in (("seconds", seconds), ("lr", lr)):
-        if value is not None and not (isinstance(value, Real) and 0 < value < float("inf")):
-            raise InputError(f"{name} must be a number > 0, got {value!r}")
-    steps = None if steps is None else whole_number("steps", steps, 1)
-    if steps is None:
-        seconds = seconds or SECONDS
+    seconds, steps = checked_budget(seconds, steps, lr)
     whole = Plan("fm", steps=steps, seconds=seconds, lr=lr or LEARNING_RATE["fm"])
     phases = _phases(flow, method)[:steps]
     pilot = pilot_plan(flow, whole) if "fm" in phases else None
@@ -187,6 +192,34 @@ def _plans(
         for part, phase in zip(_shares(whole, len(phases)), phases, strict=True)
     ]
     return plans if pilot is None else [pilot, *plans]
+
+
+def checked_budget(
+    seconds: float | None, steps: int | None, lr: float | None
+) -> tuple[float | None, int | None]:
+    """(seconds, steps), of which one is None; raises InputError where they are no budget."""
+    if seconds is not None and steps is not None:
+        raise InputError("seconds= and steps= are both budgets: give one of them")
+    for name, value in (("seconds", seconds), ("lr", lr)):
+        if value is not None and not (isinstance(value, Real) and 0 < value < float("inf")):
+            raise InputError(f"{name} must be a number > 0, got {value!r}")
+    if steps is not None:
+        return None, whole_number("steps", steps, 1)
+    return seconds or SECONDS, None
+
+
+def _refuse_unused(objectives: dict[str, nn.Module], plans: list[Plan], method: str) -> None:
+    """Raises InputError for a setting of an objective that no phase trains by."""
+    phases = {plan.phase for plan in plans}
+    matching, likelihood = objectives["fm"], objectives["ml"]
+    if "fm" not in phases and matching.coupling is not None:
+        raise InputError(
+            f"coupling= is for flow matching, and method={method!r} has none; leave it out"
+        )
+    if "ml" not in phases and likelihood.regularizer != Regularizer():
+        raise InputError(
+            f"regularizer= is for maximum likelihood, and method={method!r} has none; leave it out"
+        )
 
 
 def _shares(whole: Plan, phases: int) -> list[Plan]:
@@ -376,7 +409,7 @@ class _Score:
         return -self.log_prob.mean().item()
 
 
-def _bar(records: Iterable[Progress], plans: list[Plan]) -> Generator[Progress]:
+def with_bar(records: Iterable[Progress], plans: list[Plan]) -> Generator[Progress]:
     """The records, with a bar on stderr where that is a terminal."""
     with tqdm(
         total=1000, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False,
@@ -386,6 +419,7 @@ def _bar(records: Iterable[Progress], plans: list[Plan]) -> Generator[Progress]:
             "pilot": "choosing the field",
             "fm": "flow matching",
             "ml": "maximum likelihood",
+            "kl": "reverse KL",
         }
         validation = None
         for record in records:

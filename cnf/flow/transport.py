@@ -14,10 +14,10 @@ from torch.distributions import Distribution
 
 from cnf.error import InputError, whole_number
 from cnf.flow.accuracy import Request
-from cnf.flow.base import LEARNED, LearnedBase, base_log_prob, checked_base
+from cnf.flow.base import LEARNED, LearnedBase, base_log_prob, checked_base, drawn
 from cnf.flow.batch import Kind
 from cnf.flow.conditioned import Conditioned, embedded, guided, undisturbed
-from cnf.flow.continuous import Solver, move, move_with_logdet
+from cnf.flow.continuous import Moved, Solver, move, move_with_logdet
 from cnf.flow.divergence import Divergence, choose_divergence
 from cnf.flow.marginals import Marginals
 from cnf.flow.pilot import WIDTHS, Shape
@@ -120,14 +120,12 @@ class Transport(nn.Module):
         field, rows, _ = self.conditioned(context, request.guidance)
         solver = request.solver.for_rows(field, z, rows)
         if not with_log_prob:
-            x = self._unwhite(move(field, z, TO_DATA, solver, rows))
+            x = self.unwhite(move(field, z, TO_DATA, solver, rows))
             return x, x.new_empty(0)
-        moved = move_with_logdet(field, request.divergence, z, TO_DATA, solver, rows)
-        x = self._unwhite(moved.x)
-        log_prob = base_log_prob(self.base, z) - moved.logdet + self.white(x)[1]
-        return x, log_prob.to(z.dtype)
+        return self.carry_to_data(z, request.divergence, solver, Conditioned(field, rows))[:2]
 
-    def _unwhite(self, z: Tensor) -> Tensor:
+    def unwhite(self, z: Tensor) -> Tensor:
+        """x, (batch, dim), of what `white` made of it."""
         return self.support.invert(self.marginals.invert(self.whitening.invert(z)))
 
     def log_prob_of_rows(
@@ -141,11 +139,46 @@ class Transport(nn.Module):
 
         conditioned: what `conditioned` returned for the rows' contexts.
         """
+        log_prob, moved = self.carry_to_base(x, divergence, solver, conditioned)
+        return log_prob, moved.stats
+
+    def carry_to_base(
+        self,
+        x: Tensor,
+        divergence: Divergence,
+        solver: Solver,
+        conditioned: Conditioned | None = None,
+        times: tuple[float, float] = TO_BASE,
+    ) -> tuple[Tensor, Moved]:
+        """The same with the whole solve that gave it.
+
+        times: other ends of the path: the density of the points on the way, where the first is
+        below 1; where the base stands for once, see `Regularizer`.
+        """
         field, rows = (conditioned or self.conditioned())[:2]
         z, logdet = self.white(x)
-        moved = move_with_logdet(field, divergence, z, TO_BASE, solver, rows)
+        moved = move_with_logdet(field, divergence, z, times, solver, rows)
         log_prob = base_log_prob(self.base, moved.x) + moved.logdet + logdet
-        return log_prob.to(x.dtype), moved.stats
+        return log_prob.to(x.dtype), moved
+
+    def carry_to_data(
+        self,
+        z: Tensor,
+        divergence: Divergence,
+        solver: Solver,
+        conditioned: Conditioned | None = None,
+    ) -> tuple[Tensor, Tensor, Moved]:
+        """(x, log-density) of what the base's rows z (batch, dim) are carried to; the solve."""
+        field, rows = (conditioned or self.conditioned())[:2]
+        moved = move_with_logdet(field, divergence, z, TO_DATA, solver, rows)
+        x = self.unwhite(moved.x)
+        log_prob = base_log_prob(self.base, z) - moved.logdet + self.white(x)[1]
+        return x, log_prob.to(z.dtype), moved
+
+    def draw_base(self, n: int, seed: int | None = None) -> Tensor:
+        """n draws of the base, (n, dim), differentiable where the base's are."""
+        with seeded(seed, self.device):
+            return drawn(self.base, n, self.dim, self.dtype, self.device)
 
     # the field --------------------------------------------------------------------------------
 

@@ -28,7 +28,9 @@ def _small() -> Iterator[None]:
     sizes = {
         source: {"TOY_ROWS": 500, "TOY_VALIDATION": 50, "TOY_HELD_OUT": 60, "TRAIN_DRAWS": 1,
                  "VALIDATION_DRAWS": 1, "HELD_OUT_DRAWS": 2},
-        picture: {"POINTS": 50, "IMAGES": 4, "CURVE": 30, "GRID": 20},
+        picture: {"POINTS": 50, "IMAGES": 4, "CURVE": 30, "GRID": 20,
+                  "PATHS": 5, "PATH_TIMES": 4, "ARROWS": 4, "FIELD_GRID": 6, "FRAMES": 3,
+                  "FRAME_GRID": 5},
         report: {"CELLS": 30},
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:

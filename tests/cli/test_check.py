@@ -64,9 +64,7 @@ def test_the_tradeoff_goes_to_the_run_folder_by_itself(
     [
         (("check", "nowhere"), "no run folder"),
         (("check", "RUN", "missing.csv"), "no file missing.csv"),
-        (("plot", "RUN", "--what", "tradeoff", "-o", "t.csv"), "is no figure"),
-        (("plot", "RUN", "--what", "nothing"), "invalid choice"),
-        (("plot", "RUN"), "--what"),
+        (("plot", "RUN", "--what", "tradeoff", "-o", "t.csv"), "is no file for tradeoff"),
     ],
 )
 def test_what_cannot_be_done_is_refused(arguments, words, moons: Path, refusal) -> None:

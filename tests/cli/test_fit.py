@@ -17,6 +17,7 @@ from sklearn.datasets import load_breast_cancer, load_wine
 from cnf.cli import folder
 from cnf.error import InputError, IntegrationError
 from cnf.flow.flow import Flow
+from cnf.flow.regularizer import Regularizer
 
 TINY = ("--steps", "3", "--hidden", "8,8", "--batch-size", "32")
 
@@ -155,6 +156,35 @@ def test_numbers_that_are_not_finite_are_null(cnf_command, monkeypatch) -> None:
 def test_a_budget_too_small_for_a_step_is_still_a_run(cnf_command) -> None:
     assert cnf_command("fit", "moons", "--seconds", "1e-9", "--hidden", "8,8").code == 0
     assert names(Path("runs/moons")) == set(folder.FILES) - {folder.SAMPLES}
+
+
+def test_coupling_and_regularizer_are_passed_on(cnf_command, monkeypatch) -> None:
+    given = {}
+    fit = Flow.fit
+
+    def seen(self, x, **settings):
+        given.update(settings)
+        return fit(self, x, **settings)
+
+    monkeypatch.setattr(Flow, "fit", seen)
+    chosen = ("--coupling", "ot", "--kinetic", "0.02", "--jacobian", "0", "--steer", "0.1")
+    assert cnf_command("fit", "moons", *TINY, *chosen).code == 0
+    assert given["coupling"] == "ot"
+    assert given["regularizer"] == Regularizer(kinetic=0.02, steer=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--kinetic -1", "argument --kinetic: '-1' is not a number above 0"),
+        ("--steer 1.5", "steer must be a number from 0 to below 1, got 1.5"),
+        ("--method fm --kinetic 1", "regularizer= is for maximum likelihood"),
+        ("--method ml --coupling ot", "coupling= is for flow matching"),
+        ("--coupling best", "invalid choice: 'best'"),
+    ],
+)
+def test_what_would_not_be_used_is_refused(arguments: str, words: str, refusal) -> None:
+    assert words in refusal("fit", "moons", *TINY, *arguments.split())
 
 
 @pytest.mark.parametrize("method", ["fm", "ml"])

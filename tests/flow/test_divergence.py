@@ -64,12 +64,17 @@ FIELDS = {
     "a plain module": lambda: shaken(Plain()),
     "a closure": closure,
 }
-EXACT = {"ClosedForm": ClosedForm(), "Tangents": Tangents()}
+EXACT = {
+    "ClosedForm": ClosedForm(),
+    "Tangents": Tangents(),
+    "one tangent at a time": Tangents(chunk=1),
+    "two tangents at a time": Tangents(chunk=2),
+}
 PAIRS = [
     pytest.param(make, divergence, id=f"{name} of {field}")
     for field, make in FIELDS.items()
     for name, divergence in EXACT.items()
-    if name == "Tangents" or "closed form" in field
+    if "angent" in name or "closed form" in field
 ]
 EACH_FIELD = pytest.mark.parametrize("make", FIELDS.values(), ids=FIELDS)
 EACH_LAW = pytest.mark.parametrize("law", ["rademacher", "gaussian"])
@@ -121,7 +126,7 @@ def test_exact_divergences_hold_in_any_dimension(dim):
         assert torch.allclose(evaluate(divergence, field, x)[1], expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("divergence", [*EXACT.values(), Hutchinson()], ids=type)
+@pytest.mark.parametrize("divergence", [*EXACT.values(), Hutchinson()], ids=str)
 def test_rows_do_not_mix(divergence):
     field = shaken(BilinearMLP(DIM, (6, 5)))
     x = torch.randn(6, DIM, dtype=F64)
@@ -131,7 +136,7 @@ def test_rows_do_not_mix(divergence):
     assert torch.allclose(evaluate(divergence, field, x.flip(0))[1], together.flip(0), atol=1e-12)
 
 
-@pytest.mark.parametrize("divergence", [*EXACT.values(), Hutchinson(2)], ids=type)
+@pytest.mark.parametrize("divergence", [*EXACT.values(), Hutchinson(2)], ids=str)
 @pytest.mark.parametrize("make", [FIELDS["closed form, 2 layers"], lambda: Known()])
 def test_a_batch_without_rows_has_none(divergence, make):
     value, found = evaluate(divergence, make(), torch.empty(0, DIM, dtype=F64))
@@ -196,6 +201,110 @@ def test_the_variance_of_the_estimates_is_that_of_the_formula(law, probes):
     deviations = (found - found.mean()).square()
     error = deviations.std() / len(found) ** 0.5
     assert abs(found.var() - expected) < 4 * error
+
+
+@pytest.mark.parametrize("probes", [1, 2, 3])
+@pytest.mark.parametrize("law", ["hadamard", "orthogonal"])
+def test_the_variance_of_orthogonal_probes_is_that_of_the_formula(law, probes):
+    found, trace, symmetric = estimates(law, probes)
+    assert abs(found.mean() - trace) < 4 * found.std() / len(found) ** 0.5 + 1e-12
+    squares = symmetric.square().sum()
+    if law == "hadamard":
+        one, most = 2 * (squares - symmetric.diagonal().square().sum()), 4
+    else:
+        one, most = 2 * DIM / (DIM + 2) * (squares - trace**2 / DIM), DIM
+    expected = one / probes * (most - probes) / (most - 1)
+    deviations = (found - found.mean()).square()
+    error = deviations.std() / len(found) ** 0.5
+    assert abs(found.var() - expected) < 4 * error + 1e-20
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("dim", [1, 2, 3, 8, 11])
+@pytest.mark.parametrize("law", ["hadamard", "orthogonal"])
+def test_as_many_orthogonal_probes_as_there_are_give_the_trace(law, dim, seed):
+    field, x = shaken(Plain(dim)), torch.randn(BATCH, dim, dtype=F64)
+    most = dim if law == "orthogonal" else 1 << (dim - 1).bit_length()
+    divergence = Hutchinson(most, law, seed)
+    noise = divergence.draw(x)
+    assert torch.allclose(noise.mT @ noise / most, torch.eye(dim, dtype=F64), atol=1e-12)
+    found = evaluate(divergence, field, x)[1]
+    assert torch.allclose(found, trace(field, NOW, x), rtol=0, atol=1e-10)
+    with pytest.raises(InputError, match=f"probes={most + 1} is too many, since .* {most}"):
+        Hutchinson(most + 1, law).attach(field, x)
+
+
+@pytest.mark.parametrize("law", ["hadamard", "orthogonal"])
+def test_fewer_orthogonal_probes_are_orthogonal_and_of_unit_variance(law):
+    noise = Hutchinson(3, law, seed=None).draw(torch.zeros(5, 8, dtype=F64))
+    expected = 8 * torch.eye(3, dtype=F64).expand(5, 3, 3)
+    assert torch.allclose(noise @ noise.mT, expected, atol=1e-12)
+    assert len(torch.unique(noise.flatten(1), dim=0)) == 5
+
+
+def test_the_norm_beside_the_trace_is_that_of_the_jacobian():
+    field, x = shaken(Plain()), torch.randn(BATCH, DIM, dtype=F64)
+    expected = jacobian(field, NOW, x).square().sum((1, 2))
+    exact = (Tangents(), Tangents(chunk=2), Hutchinson(4, "hadamard"), Hutchinson(3, "orthogonal"))
+    for divergence in exact:
+        attached = divergence.attach_with_norm(field, x)
+        value, (found, norm) = attached.field(NOW, x, *attached.rows)
+        assert torch.allclose(value, field(NOW, x)) and torch.allclose(norm, expected)
+        assert torch.allclose(found, trace(field, NOW, x))
+
+
+# memory -------------------------------------------------------------------------------------
+
+
+class Widths(Plain):
+    """It notes how many rows of tangents it is given at once."""
+
+    def __init__(self, dim):
+        super().__init__(dim)
+        self.seen = []
+
+    def tangent(self, t, x, tangents):
+        self.seen.append(tangents.shape[0] * tangents.shape[1])
+        slope = 1 - torch.tanh(x) ** 2
+        return torch.tanh(x), tangents * slope
+
+
+def test_no_more_tangents_than_the_chunk_are_carried_at_once():
+    field, x = Widths(10), torch.randn(BATCH, 10, dtype=F64)
+    evaluate(Tangents(chunk=4), field, x)
+    assert field.seen == [16, 16, 8]
+
+
+def test_by_default_a_large_batch_is_carried_in_parts(monkeypatch):
+    monkeypatch.setattr("cnf.flow.divergence.TANGENTS", 30)
+    field, x = Widths(10), torch.randn(BATCH, 10, dtype=F64)
+    _, found = evaluate(Tangents(), field, x)
+    assert field.seen == [28, 12]
+    assert torch.allclose(found, (1 - torch.tanh(x) ** 2).sum(-1))
+
+
+def test_in_backward_chunks_are_evaluated_again_and_not_kept():
+    field = Widths(10)
+    x = torch.randn(BATCH, 10, dtype=F64, requires_grad=True)
+    kept = 0
+
+    def pack(tensor):
+        nonlocal kept
+        kept += tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        _, found = evaluate(Tangents(chunk=2), field, x)
+    assert kept < 10 * BATCH * 10  # the tangents alone are this many, and more than one is kept
+    assert len(field.seen) == 5
+    found.sum().backward()
+    assert len(field.seen) == 10
+    assert torch.allclose(x.grad, -2 * torch.tanh(x) * (1 - torch.tanh(x) ** 2))
+
+
+def test_a_chunk_is_a_number_of_tangents():
+    with pytest.raises(InputError, match="chunk must be a whole number, at least 1, got 0"):
+        Tangents(chunk=0)
 
 
 def test_rademacher_is_exact_for_a_diagonal_jacobian():
@@ -292,7 +401,10 @@ def test_the_refusal_names_the_field():
         (dict(probes=-2), "probes must be"),
         (dict(probes=1.5), "probes must be"),
         (dict(probes="2"), "probes must be"),
-        (dict(law="cauchy"), "law must be 'rademacher' or 'gaussian', got 'cauchy'"),
+        (
+            dict(law="cauchy"),
+            "law must be one of rademacher, gaussian, hadamard, orthogonal, got 'cauchy'",
+        ),
         (dict(seed=0.5), "seed must be"),
         (dict(seed="now"), "seed must be"),
     ],

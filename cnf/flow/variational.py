@@ -1,0 +1,153 @@
+"""How a flow is fitted to a density that can be evaluated, up to a constant, and not sampled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cnf.error import InputError, IntegrationError, whole_number
+from cnf.flow.objective import Trainable, fresh, training_solver
+from cnf.flow.recipe import TOLERANCE, checked_budget, move_flow, with_bar
+from cnf.flow.regularizer import Regularizer
+from cnf.training.loop import Best, Plan, Progress, put, train
+from cnf.training.seed import seeded
+
+LEARNING_RATE = 5e-3
+VALIDATION_DRAWS = 2048  # of the base, the same every time
+
+
+class ReverseKL(nn.Module):
+    """The mean of log q(x) − log p̃(x) over n draws of a flow q, in nats, 0-d.
+
+    It is KL(q‖p) − log Z for the density p = p̃ / Z, so that minus the loss bounds log Z from below:
+    training it fits a flow to a density that is known up to a constant and cannot be sampled.
+    log_density: x (n, dim) → log p̃(x) (n,), differentiable; tolerance, regularizer: as for
+    `MaximumLikelihood`.  forward(n) draws n; forward(z) carries draws z (n, dim) of the base.
+    Raises InputError for a log-density of another shape, or through which no gradient goes.
+    Source: Rezende & Mohamed 2015, section 2; Chen et al. 2018, section 4.1.
+    """
+
+    def __init__(
+        self,
+        flow: Trainable,
+        log_density: Callable[[Tensor], Tensor],
+        *,
+        tolerance: float | None = None,
+        regularizer: Regularizer | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(log_density):
+            raise InputError(
+                "log_density must be a function of x (n, dim) that returns (n,), such as a "
+                f"distribution's log_prob, got {log_density!r}"
+            )
+        if regularizer is not None and regularizer.steer:
+            raise InputError(
+                "steer= moves the base's end of the path; it is for data: leave it out"
+            )
+        if getattr(flow, "context", 0):
+            raise InputError("reverse KL is for flows without a context; make one, Flow(dim)")
+        self.flow = flow
+        self.log_density = partial(log_density)  # a module among it is no part of this one
+        self.tolerance = tolerance
+        self.regularizer = regularizer or Regularizer()
+        self.nfe: int | None = None
+        self.terms: dict[str, Tensor] = {}
+
+    def forward(self, draws: int | Tensor) -> Tensor:
+        z = draws if isinstance(draws, Tensor) else self.flow.draw_base(draws)
+        added = self.regularizer
+        divergence = added.around(fresh(self.flow.chosen_divergence()))
+        solver = training_solver(self.flow.solver, self.tolerance)
+        field = self.flow.conditioned(training=True)
+        x, log_prob, moved = self.flow.carry_to_data(z, divergence, solver, field)
+        self.nfe = moved.stats.calls
+        kl = (log_prob - self._target(x)).mean()
+        terms = added.measured(moved.along, 1.0)
+        self.terms = {name: value.detach() for name, value in {"kl": kl, **terms}.items()}
+        return kl + added.penalty(terms)
+
+    def _target(self, x: Tensor) -> Tensor:
+        found = self.log_density(x)
+        if not isinstance(found, Tensor) or found.shape != x.shape[:1]:
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise InputError(
+                f"log_density must return one value a row, ({len(x)},), got {shape}; sum over "
+                "the features"
+            )
+        if x.requires_grad and not found.requires_grad:
+            raise InputError(
+                "no gradient goes through log_density: compute it by torch's functions of x, "
+                "without detach() or no_grad()"
+            )
+        return found
+
+
+def fit_flow_to_density(
+    flow: Any,
+    log_density: Callable[[Tensor], Tensor],
+    *,
+    seconds: float | None,
+    steps: int | None,
+    seed: int | None,
+    lr: float | None,
+    batch_size: int,
+    regularizer: Regularizer | None,
+    callback: Callable[[Progress], None] | None,
+    device: str | torch.device | None,
+    progress: bool,
+) -> None:
+    """Fit `flow` in place; the arguments are those of `Flow.fit_to_density`."""
+    if device is not None:
+        move_flow(flow, device)
+    seconds, steps = checked_budget(seconds, steps, lr)
+    batch_size = whole_number("batch_size", batch_size, 1)
+    parameters = [p for p in flow.parameters() if p.requires_grad]
+    if not parameters:
+        raise InputError("the flow has no parameters to fit; make its field a torch.nn.Module")
+    if isinstance(flow.base, nn.Module) and not flow.base.has_rsample:
+        raise InputError(
+            f"the base {type(flow.base).__name__} is learned and cannot be sampled with gradients, "
+            "which reverse KL needs; take DiagonalGaussian or StudentT"
+        )
+    objective = ReverseKL(flow, log_density, tolerance=TOLERANCE, regularizer=regularizer)
+    plan = Plan("kl", steps, seconds, lr=lr or LEARNING_RATE, validations=20)
+    best = Best()
+    with seeded(seed, flow.device):
+        score = _Score(flow, log_density)
+        best.offer(score(), [p.detach() for p in parameters])
+        records: Any = train(
+            objective, lambda: flow.draw_base(batch_size), plan, validate=score, best=best
+        )
+        shown = with_bar(records, [plan]) if progress else records
+        try:
+            with closing(records), closing(shown):
+                for record in shown:
+                    if callback is not None:
+                        callback(record)
+        finally:
+            if best.weights:
+                put(parameters, best.weights)
+            flow.zero_grad()
+
+
+class _Score:
+    """The reverse KL over draws of the base that stay the same; infinite where it fails."""
+
+    def __init__(self, flow: Any, log_density: Callable[[Tensor], Tensor]) -> None:
+        self._objective = ReverseKL(flow, log_density)
+        self._draws = flow.draw_base(VALIDATION_DRAWS, 0).detach()
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        try:
+            found = self._objective(self._draws).item()
+        except IntegrationError:
+            return math.inf
+        return found if math.isfinite(found) else math.inf

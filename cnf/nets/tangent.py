@@ -1,0 +1,104 @@
+"""How tangents go through torch's own layers, beside the value and without forward-mode autograd.
+
+A tangent is a direction at x, (k, batch, …) for x (batch, …): linear layers act on it without their
+bias, activations multiply it by their slope, norms by the derivative of what they divide by.  One
+ordinary backward pass trains a field whose tangents went this way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cnf.nets.activation import ACTIVATIONS
+
+Pair = tuple[Tensor, Tensor]
+Rule = Callable[[Any, Tensor, Tensor], Pair]
+
+
+def _linear(layer: Any, x: Tensor, tangents: Tensor) -> Pair:
+    return layer(x), tangents @ layer.weight.T
+
+
+def _convolution(layer: Any, x: Tensor, tangents: Tensor) -> Pair:
+    pushed = layer._conv_forward(tangents.flatten(0, 1), layer.weight, None)
+    return layer(x), pushed.unflatten(0, tangents.shape[:2])
+
+
+def _activation(name: str) -> Rule:
+    def rule(layer: Any, x: Tensor, tangents: Tensor) -> Pair:
+        value, slope = ACTIVATIONS[name].slope(x.clone())  # it may use the place of its argument
+        return value, tangents * slope
+
+    return rule
+
+
+def _sigmoid(layer: Any, x: Tensor, tangents: Tensor) -> Pair:
+    value = torch.sigmoid(x)
+    return value, tangents * (value * (1 - value))
+
+
+def _softplus(layer: Any, x: Tensor, tangents: Tensor) -> Pair:
+    value = functional.softplus(x, layer.beta, layer.threshold)
+    return value, tangents * torch.sigmoid(layer.beta * x)
+
+
+def _group_norm(layer: Any, x: Tensor, tangents: Tensor) -> Pair:
+    groups = (layer.num_groups, x.shape[1] // layer.num_groups)
+    unit, pushed = _standardized(
+        x.unflatten(1, groups), tangents.unflatten(2, groups), 2, layer.eps
+    )
+    scale = 1.0 if layer.weight is None else _per_channel(layer.weight, x)
+    shift = 0.0 if layer.bias is None else _per_channel(layer.bias, x)
+    return unit.flatten(1, 2) * scale + shift, pushed.flatten(2, 3) * scale
+
+
+def _layer_norm(layer: Any, x: Tensor, tangents: Tensor) -> Pair:
+    first = x.ndim - len(layer.normalized_shape)
+    unit, pushed = _standardized(x, tangents, first, layer.eps)
+    scale = 1.0 if layer.weight is None else layer.weight
+    shift = 0.0 if layer.bias is None else layer.bias
+    return unit * scale + shift, pushed * scale
+
+
+def _standardized(x: Tensor, tangents: Tensor, first: int, eps: float) -> Pair:
+    """(x − μ)/σ over the axes of x from `first` on, and its tangents.
+
+    d(x̂) = (T − mean T − x̂ mean(x̂ T)) / σ.
+    """
+    axes = list(range(first - x.ndim, 0))
+    variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+    rate = torch.rsqrt(variance + eps)
+    unit = (x - mean) * rate
+    centred = tangents - tangents.mean(axes, keepdim=True)
+    return unit, (centred - unit * (unit * tangents).mean(axes, keepdim=True)) * rate
+
+
+def _per_channel(numbers: Tensor, x: Tensor) -> Tensor:
+    return numbers.reshape(-1, *[1] * (x.ndim - 2))
+
+
+def _reshape(layer: Any, x: Tensor, tangents: Tensor) -> Pair:
+    value = layer(x)
+    return value, tangents.reshape(len(tangents), *value.shape)
+
+
+RULES: dict[type[nn.Module], Rule] = {
+    nn.Linear: _linear,
+    nn.Conv1d: _convolution,
+    nn.Conv2d: _convolution,
+    nn.Conv3d: _convolution,
+    nn.GroupNorm: _group_norm,
+    nn.LayerNorm: _layer_norm,
+    nn.Tanh: _activation("tanh"),
+    nn.SiLU: _activation("silu"),
+    nn.Sigmoid: _sigmoid,
+    nn.Softplus: _softplus,
+    nn.Flatten: _reshape,
+    nn.Unflatten: _reshape,
+    nn.Identity: _reshape,
+}

@@ -1,0 +1,46 @@
+"""`cnf reproduce fig4` and `fig5`: the picture and its numbers, trained in a second."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from cnf.cli import fig4, fig5
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch) -> None:
+    monkeypatch.setattr(fig4, "QUICK", fig4.Effort(3, 2, 16))
+    monkeypatch.setattr(fig4, "DRAWS", 50)
+    monkeypatch.setattr(fig4, "SIZES", (2, 3))
+    monkeypatch.setattr(fig4, "CELLS", 10)
+    monkeypatch.setattr(fig5, "QUICK_SECONDS", 0.3)
+    for name, size in (("ROWS", 200), ("HELD_OUT", 50), ("DRAWS", 60), ("CELLS", 8)):
+        monkeypatch.setattr(fig5, name, size)
+
+
+@pytest.mark.parametrize(("figure", "numbers"), [("fig4", "kl"), ("fig5", "gaps")])
+def test_a_figure_comes_with_its_numbers(figure: str, numbers: str, cnf_command) -> None:
+    code, out, _ = cnf_command("reproduce", figure, "--quick", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["figure"] == f"runs/{figure}/{figure}.png" and found["quick"] is True
+    assert imread(found["figure"]).size and found[numbers]
+    assert json.loads(Path(f"runs/{figure}/{figure}.json").read_text()) == found
+
+
+def test_figure_4_fits_every_size_to_every_density(cnf_command) -> None:
+    outcome = cnf_command("reproduce", "fig4", "--quick", "--quiet", "--out", "there")
+    assert outcome.err == ""
+    header, *lines, path = outcome.out.splitlines()
+    assert header.split() == ["KL(q‖p),", "nats", "NF", "2", "NF", "3", "CNF", "2", "CNF", "3"]
+    assert len(lines) == 4 and path == "there/fig4.png"
+    kl = json.loads(Path("there/fig4.json").read_text())["kl"]
+    assert all(len(values) == 2 for kinds in kl.values() for values in kinds.values())
+
+
+def test_what_cannot_be_reproduced_is_refused(refusal) -> None:
+    assert "invalid choice: 'fig6'" in refusal("reproduce", "fig6")
