@@ -6,7 +6,7 @@ Two colours throughout: amber is what was measured (data, training loss), blue w
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FormatStrFormatter, MaxNLocator
 from numpy.typing import ArrayLike
 
 from cnf.replace import replacing
@@ -179,6 +179,145 @@ def training_figure(
         axes.set_ylim(0.0, 1.06 * float(_finite(nfe).max()))
     for axes in panels.values():
         _mark_phases(axes, step, phases, named=axes is panels["training loss"])
+    return figure
+
+
+def classifier_figure(
+    seconds: ArrayLike,
+    loss: ArrayLike,
+    validation_seconds: ArrayLike,
+    validation_error: ArrayLike,
+    nfe: ArrayLike = (),
+    nfe_backward: ArrayLike = (),
+    title: str = "",
+) -> Figure:
+    """Training loss, validation error in percent and evaluations of the field over training.
+
+    seconds, loss, nfe, nfe_backward: (n,), the counts NaN where there are none; validation_seconds,
+    validation_error: (k,), the error as a share.  A panel that has nothing to show is left out.
+    """
+    step, value = _pair(seconds, loss, "loss")
+    checked, error = _pair(validation_seconds, validation_error, "validation_error")
+    names = ["training loss"]
+    names += ["validation error (%)"] if len(_finite(error)) else []
+    names += ["field evaluations"] if len(_finite(nfe)) else []
+    figure = _figure(max(3.6 * len(names), 4.4), 2.9, title)
+    panels = _step_panels(figure, names)
+    _curve(panels["training loss"], step, value, (), DATA)
+    if axes := panels.get("validation error (%)"):
+        _validation(axes, checked, 100 * error, None)
+        axes.set_yscale("log" if (_finite(error) > 0).all() else "linear")
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
+        axes.tick_params(which="minor", colors=QUIET, labelsize=7)
+    if axes := panels.get("field evaluations"):
+        counts = {"forward": (nfe, MODEL), "backward": (nfe_backward, DATA)}
+        for counted, color in counts.values():
+            if len(_finite(counted)):
+                _curve(axes, *_pair(seconds, counted, "nfe"), (), color)
+        highest = max(float(_finite(counted).max(initial=0.0)) for counted, _ in counts.values())
+        axes.set_ylim(0.0, 1.06 * highest or 1.0)
+        _legend(axes, [(name, color, "-") for name, (_, color) in counts.items()])
+    return figure
+
+
+def polygon_figure(
+    t: ArrayLike,
+    exact: ArrayLike,
+    polygons: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    errors: Mapping[str, Sequence[tuple[float, float]]],
+    title: str = "",
+) -> Figure:
+    """A solution, the polygons of fixed steps beside it, and their errors over evaluations.
+
+    t, exact: (n,); polygons: times and values at the ends of each method's steps; errors: pairs of
+    evaluations and error at the end.
+    """
+    figure = _figure(8.4, 3.2, title)
+    left, right = figure.subplots(1, 2)
+    _open_frame(left, "solution and steps")
+    left.plot(t, exact, color=QUIET, linewidth=4.0, alpha=0.4)
+    colors = dict(zip(polygons, _shades(len(polygons)), strict=True))
+    for name, (times, values) in polygons.items():
+        left.plot(times, values, color=colors[name], linewidth=1.3, marker="o", markersize=3)
+    left.set_xlabel("t", color=QUIET, fontsize=9)
+    _open_frame(right, "error at the end")
+    for name, pairs in errors.items():
+        spent, error = np.asarray(pairs, dtype=np.float64).T
+        right.loglog(spent, error, color=colors[name], linewidth=1.6, marker="o", markersize=3)
+    right.set_xlabel("field evaluations", color=QUIET, fontsize=9)
+    _legend(left, [("exact", QUIET, "-"), *((name, colors[name], "-") for name in polygons)])
+    return figure
+
+
+def cost_figure(
+    costs: Sequence[Mapping[str, float]],
+    training: Sequence[tuple[float, float]],
+    title: str = "",
+) -> Figure:
+    """Four panels over one ODE: error, time and backward evaluations against forward evaluations,
+    and forward evaluations over training.
+
+    costs: nfe, error, seconds and nfe_backward at each tolerance; training: pairs of step and nfe.
+    """
+    figure = _figure(12.4, 3.0, title)
+    panels = np.atleast_1d(figure.subplots(1, 4))
+    spent = [one["nfe"] for one in costs]
+    for axes, name, key in zip(
+        panels, ("relative error", "seconds", "evaluations backward"),
+        ("error", "seconds", "nfe_backward"), strict=False,
+    ):  # fmt: skip
+        _open_frame(axes, name)
+        axes.plot(spent, [one[key] for one in costs], color=MODEL, linewidth=1.4, marker="o",
+                  markersize=4)  # fmt: skip
+        axes.set_xlabel("evaluations forward", color=QUIET, fontsize=9)
+        axes.set_ylim(bottom=0.0)
+    panels[0].set_yscale("log")
+    panels[2].plot([0, max(spent)], [0, max(spent)], color=QUIET, linewidth=0.8)
+    _open_frame(panels[3], "evaluations forward")
+    if training:
+        steps, counts = np.asarray(training, dtype=np.float64).T
+        _curve(panels[3], steps, counts, (), MODEL)
+    panels[3].set_xlabel("step of training", color=QUIET, fontsize=9)
+    return figure
+
+
+def _shades(count: int) -> list[str]:
+    """Colours from amber to indigo."""
+    known = [DATA, "#57b3e4", MODEL, "#2e3260"]
+    return known[:count] if count <= len(known) else (known * count)[:count]
+
+
+def confusion_figure(
+    confusion: ArrayLike, title: str = "", names: Sequence[str] | None = None
+) -> Figure:
+    """How often images of each class, a row, were given each class, a column.
+
+    confusion: counts, (classes, classes); names: of the classes, or 0, 1, …
+    What lies off the diagonal is shaded by its share of the row, the diagonal is not.
+    """
+    counts = np.asarray(confusion, dtype=np.float64)
+    if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
+        raise ValueError(f"confusion has shape {counts.shape}, not (classes, classes)")
+    classes = len(counts)
+    labels = list(names) if names is not None else [str(i) for i in range(classes)]
+    wrong = counts / np.maximum(counts.sum(1, keepdims=True), 1.0)
+    np.fill_diagonal(wrong, 0.0)
+    figure = _figure(0.42 * classes + 1.2, 0.42 * classes + 1.0, title)
+    axes = figure.subplots()
+    axes.imshow(wrong, cmap=DENSITY_MAP, vmin=0.0, vmax=1.6 * wrong.max() or 1.0)
+    for row, column in np.argwhere(counts > 0).tolist():
+        right = row == column
+        axes.text(
+            column, row, f"{counts[row, column]:.0f}", ha="center", va="center", fontsize=7.5,
+            color=QUIET if right else INK,
+        )  # fmt: skip
+    axes.set_xticks(range(classes), labels)
+    axes.set_yticks(range(classes), labels)
+    axes.tick_params(colors=INK, labelsize=8, length=0)
+    axes.set_xlabel("classified as", color=QUIET, fontsize=9)
+    axes.set_ylabel("class", color=QUIET, fontsize=9)
+    axes.spines[:].set_visible(False)
     return figure
 
 

@@ -45,7 +45,7 @@ def test_help_is_there_at_once(module: str) -> None:
     assert time.perf_counter() - start < 2.0  # 0.1 s on an idle machine; torch alone takes 3
 
 
-@pytest.mark.parametrize("verb", ["fit", "sample", "logprob"])
+@pytest.mark.parametrize("verb", ["fit", "sample", "logprob", "mnist", "export", "reproduce"])
 def test_every_verb_has_a_page_with_examples(verb: str, capsys) -> None:
     assert main([verb, "--help"]) == 0
     page = capsys.readouterr().out
