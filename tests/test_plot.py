@@ -68,8 +68,13 @@ FIGURES = {
         2, loss=[1.0, np.nan], validation_seconds=[0, 1], validation=[3.0, np.inf], floor=2.0
     ),
     "classifier": lambda: plot.classifier_figure(
-        np.arange(40), np.exp(-np.arange(40) / 10), [10, 30], [0.02, 0.01],
-        np.full(40, 26), np.full(40, 30), "mnist",
+        np.arange(40),
+        np.exp(-np.arange(40) / 10),
+        [10, 30],
+        [0.02, 0.01],
+        np.full(40, 26),
+        np.full(40, 30),
+        "mnist",
     ),
     "classifier without an ODE": lambda: plot.classifier_figure(
         [0, 1], [1.0, np.nan], [1], [0.0], [np.nan, np.nan], [np.nan, np.nan]

@@ -47,11 +47,13 @@ def read_classifier(path: str | Path) -> tuple[nn.Module, Settings, tuple[int, .
 
 def settings_of(stored: dict[str, Any]) -> Settings:
     """Settings that were written as JSON, where tuples are lists."""
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
+    values: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()
+    }
     try:
         return Settings(**values)
     except TypeError as error:
-        raise InputError(f"the run's settings are of another version ({error}); train anew") from error
+        raise InputError(f"the settings are of another version ({error}); train anew") from error
 
 
 def images_like(shape: tuple[int, ...], count: int) -> torch.Tensor:

@@ -13,7 +13,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -32,8 +31,6 @@ from cnf.cli.folder import (
     read_json,
     resumed_folder,
 )
-from cnf.data.digits import load_digits
-from cnf.data.idx import Images, mnist
 from cnf.error import InputError
 from cnf.odenet.classification import (
     FINE,
@@ -44,7 +41,7 @@ from cnf.odenet.classification import (
     judge_solvers,
 )
 from cnf.odenet.network import parameter_count
-from cnf.odenet.recipe import ImageTraining, build, split
+from cnf.odenet.recipe import ImageTraining, build, images_of, split
 from cnf.odenet.settings import ODE_NETS, Settings, chosen
 from cnf.plot import classifier_figure, confusion_figure, save_figure
 from cnf.training.loop import Progress
@@ -116,17 +113,6 @@ def _settings(arguments: Namespace) -> Settings:
 
 def _out(arguments: Namespace, settings: Settings) -> str:
     return str(Path("runs", settings.name)) if arguments.out is None else arguments.out
-
-
-def images_of(dataset: str, root: str | None, download: bool) -> Images:
-    """The images of a data set; root, download: see `mnist`."""
-    if dataset != "digits":
-        return mnist(root, name=dataset, download=download)
-    digits = load_digits()
-    train = np.concatenate([digits.train, digits.validation])
-    labels = np.concatenate([digits.train_labels, digits.validation_labels])
-    train, test = (part.reshape(-1, 8, 8).astype(np.uint8) for part in (train, digits.test))
-    return Images("digits", train, labels, test, digits.test_labels, peak=16)
 
 
 @contextmanager

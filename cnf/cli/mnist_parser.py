@@ -177,8 +177,8 @@ def _net_arguments(net: Any) -> None:
     net.add_argument(
         "--net",
         choices=NETS,
-        help="odenet; rk-net, the same with gradients by backprop through the solver; resnet of six "
-        "blocks, one-block, no-block; mlp of one hidden layer (odenet)",
+        help="odenet; rk-net, the same with gradients by backprop through the solver; resnet of "
+        "six blocks, one-block, no-block; mlp of one hidden layer (odenet)",
     )
     net.add_argument("--width", metavar="N", type=_count, help="channels of the features")
     net.add_argument(
@@ -232,7 +232,10 @@ def _training_arguments(training: Any) -> None:
         "--shift", metavar="N", type=_seed, help="pixels that images are moved by at random"
     )
     training.add_argument(
-        "--memory", metavar="X", type=_positive, help="of the averaged weights, a share of the steps"
+        "--memory",
+        metavar="X",
+        type=_positive,
+        help="of the averaged weights, as a share",
     )
     training.add_argument("--seed", metavar="K", type=_seed, help="of weights and batches (0)")
     training.add_argument("--threads", metavar="N", type=_count, help="of torch on the CPU")

@@ -21,7 +21,7 @@ from cnf.cli.folder import CONFIG, FIGURES, MODEL, SNAPSHOT, STEPS, json_text, r
 from cnf.error import InputError
 from cnf.ode.solution import solve
 from cnf.odenet.network import ODENet
-from cnf.odenet.recipe import split
+from cnf.odenet.recipe import images_of, split
 from cnf.odenet.settings import chosen
 from cnf.plot import cost_figure, polygon_figure, save_figure
 from cnf.replace import replacing
@@ -57,7 +57,7 @@ def run(arguments: Namespace) -> None:
         print(json_text(figures))
 
 
-# --- figure 2: Euler's polygon ----------------------------------------------------------------------
+# --- figure 2: Euler's polygon --------------------------------------------------------------------
 
 
 def polygons(out: Path, arguments: Namespace) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def polygons(out: Path, arguments: Namespace) -> dict[str, Any]:
     end, steps = 6.0, 8
     fine = torch.linspace(0, end, 400, dtype=torch.float64)
     drawn = {name: _polygon(name, end, steps) for name in METHODS}
-    budgets = [2**k for k in range(3, 8 if arguments.quick else 12)]
+    budgets = [2**k for k in range(3, 12)]
     errors = {
         name: [(n, _end_error(name, end, n // each)) for n in budgets if n >= each]
         for name, each in METHODS.items()
@@ -95,7 +95,7 @@ def _end_error(method: str, end: float, steps: int) -> float:
     return abs(last - math.exp(math.sin(end)))
 
 
-# --- figure 3: what accuracy costs ------------------------------------------------------------------
+# --- figure 3: what accuracy costs ----------------------------------------------------------------
 
 
 def costs(out: Path, arguments: Namespace) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def costs(out: Path, arguments: Namespace) -> dict[str, Any]:
     _finished(run_folder, given, arguments)
     net, settings, _ = read_classifier(run_folder)
     assert isinstance(net, ODENet)
-    data = classify.images_of(settings.dataset, arguments.data, not arguments.data)
+    data = images_of(settings.dataset, arguments.data, not arguments.data)
     images = split(data, settings.validation, settings.seed).validation_images[:128]
     device = torch.device(arguments.device)
     features = net.to(device).features(images.to(device)).detach()
@@ -141,13 +141,13 @@ def _cost(net: ODENet, features: Tensor, rtol: float) -> dict[str, float]:
         }
 
 
-# --- table 1 ----------------------------------------------------------------------------------------
+# --- table 1 --------------------------------------------------------------------------------------
 
 
 def table(out: Path, arguments: Namespace) -> dict[str, Any]:
     """Test error of every row, mean and standard error over seeds, with sizes and times.
 
-    Each training is a run folder of its own: what is finished is read, what was interrupted goes on.
+    Each training has a run folder of its own: what is finished is read, what was stopped goes on.
     """
     found: dict[str, Any] = {}
     for row in arguments.rows or ROWS:
@@ -204,7 +204,7 @@ def _told(row: str, one: dict[str, Any]) -> str:
     return f"{row:<20}{error:<18}{sizes}"
 
 
-# --- runs -------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
 def _finished(folder: Path, given: tuple[str, ...], arguments: Namespace) -> dict[str, Any]:

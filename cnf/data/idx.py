@@ -210,9 +210,7 @@ def _is_of_another(known: ImageSet, folder: Path) -> bool:
     return owner is not None and owner[0] is not known
 
 
-def _part(
-    known: ImageSet, file: File, folder: Path, download: bool, is_kept: bool
-) -> np.ndarray:
+def _part(known: ImageSet, file: File, folder: Path, download: bool, is_kept: bool) -> np.ndarray:
     """The array in one of the set's files."""
     path = _on_disk(folder, file)
     if path is not None:

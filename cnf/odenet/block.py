@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from cnf.error import InputError, whole_number
@@ -32,14 +31,16 @@ class ODEBlock(nn.Module):
     gradient, control, max_steps: as in `solve`.
     How long steps are is said in one of four ways: rtol (1e-3), the absolute tolerance too unless
     atol is another; step_size; control; or nfe, a budget: as many fixed steps of the method as at
-    most `nfe` evaluations pay for.
+    most `nfe` evaluations pay for (backprop makes one more, to look at the field).
     Every setting is an attribute.  Assigning one takes effect at the next call, and of the four
-    ways the last one assigned holds: `block.rtol = 1e-5`, `block.step_size = 0.25`, `block.nfe = 8`.
+    ways the last one assigned holds: `block.rtol = 1e-5`, `block.step_size = 0.25`,
+    `block.nfe = 8`.
     stats: of the last call, whose nfe_backward grows when `backward()` runs; None before it.
     Raises InputError for settings out of range, at once, and at the call for those that do not go
     together.
     Source: Chen et al. 2018, section 3.
 
+    >>> import torch
     >>> block = ODEBlock(lambda t, y: -y, method="rk4", nfe=8)
     >>> block(torch.ones(2, 3)).shape, block.stats.nfe
     (torch.Size([2, 3]), 8)
@@ -193,12 +194,13 @@ class ODEBlock(nn.Module):
 
     def _solved(self, field: UserField, y0: Any, **settings: Any) -> Solution:
         own: dict[str, Any] = {
+            "t": self.t,
             "method": self.method,
             "control": self.control,
             "gradient": self.gradient,
             "max_steps": self.max_steps,
         }
-        solution = solve(field, y0, **({"t": self.t} | own | settings))
+        solution = solve(field, y0, **(own | settings))
         self.stats = solution.stats
         return solution
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cnf.error import InputError
+from cnf.ode.integrate import Stats
 from cnf.odenet.block import blocks_of
 
 BATCH = 500  # images that are judged at once
@@ -36,6 +37,7 @@ class Classification(nn.Module):
             )
         self.net, self.smoothing, self.energy = net, smoothing, energy
         self.error: float | None = None
+        self._stats: list[Stats] = []  # of the last call: judging in between makes new ones
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
@@ -44,6 +46,7 @@ class Classification(nn.Module):
             penalty = self.energy * energy.mean()
         else:
             logits, penalty = self.net(images), 0.0
+        self._stats = stats_of(self.net)
         with torch.no_grad():
             self.error = (logits.argmax(1) != labels).float().mean().item()
         return functional.cross_entropy(logits, labels, label_smoothing=self.smoothing) + penalty
@@ -51,18 +54,22 @@ class Classification(nn.Module):
     @property
     def nfe(self) -> int | None:
         """Evaluations of the field in the last call."""
-        return spent(self.net, "nfe")
+        return spent(self._stats, "nfe")
 
     @property
     def nfe_backward(self) -> int | None:
         """The same of its `backward()`."""
-        return spent(self.net, "nfe_backward")
+        return spent(self._stats, "nfe_backward")
 
 
-def spent(net: nn.Module, count: str) -> int | None:
-    """A count of `Stats`, over all of a net's ODE blocks; None where it has none."""
-    found = [getattr(block.stats, count) for block in blocks_of(net) if block.stats is not None]
-    return int(sum(found)) if found else None
+def stats_of(net: nn.Module) -> list[Stats]:
+    """What the last call of each of a net's ODE blocks cost."""
+    return [block.stats for block in blocks_of(net) if block.stats is not None]
+
+
+def spent(stats: Sequence[Stats], count: str) -> int | None:
+    """The sum of one of the counts, None of no ODE."""
+    return int(sum(getattr(one, count) for one in stats)) if stats else None
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ def judge(net: nn.Module, images: Tensor, labels: Tensor, batch: int = BATCH) ->
     try:
         for part in images.split(batch):
             logits.append(net(part.to(device)).cpu())
-            counts.append(spent(net, "nfe"))
+            counts.append(spent(stats_of(net), "nfe"))
     finally:
         net.train(training)
     found = torch.cat(logits)
@@ -123,11 +130,11 @@ def judge_solvers(
 ) -> Iterator[tuple[str, Judgement]]:
     """(name, judgement) of the same weights, with each of the solvers in the place of the net's.
 
-    solvers: settings of `ODEBlock` by name.
+    solvers: settings of `ODEBlock` by name, but for the gradient.
     """
     (block,) = blocks_of(net)
     for name, settings in solvers.items():
-        with block.using(**settings):
+        with block.using(gradient="checkpoint", **settings):  # reversible steps are others
             yield name, judge(net, images, labels)
 
 

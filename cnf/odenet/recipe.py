@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cnf.data.idx import Images
-from cnf.error import InputError
+from cnf.data.digits import load_digits
+from cnf.data.idx import Images, mnist
+from cnf.error import InputError, IntegrationError
 from cnf.odenet.classification import Classification, Judgement, judge
 from cnf.odenet.network import ODENet, Perceptron, ResNet
 from cnf.odenet.settings import ODE_NETS, SOLVER, Settings
@@ -21,6 +24,17 @@ from cnf.training.optimizer import SGD, Adam
 Net = ODENet | ResNet | Perceptron
 BLOCKS = {"resnet": 6, "one-block": 1, "no-block": 0}
 TIE = 1e-3  # of the cross-entropy, added to an error: far less than one image
+
+
+def images_of(dataset: str, root: str | None, download: bool) -> Images:
+    """The images of a data set; root, download: see `mnist`."""
+    if dataset != "digits":
+        return mnist(root, name=dataset, download=download)
+    digits = load_digits()
+    train = np.concatenate([digits.train, digits.validation])
+    labels = np.concatenate([digits.train_labels, digits.validation_labels])
+    train, test = (part.reshape(-1, 8, 8).astype(np.uint8) for part in (train, digits.test))
+    return Images("digits", train, labels, test, digits.test_labels, peak=16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +106,7 @@ def build(settings: Settings, shape: Sequence[int], classes: int) -> Net:
     )
 
 
-def solver(settings: Settings) -> dict[str, object]:
+def solver(settings: Settings) -> dict[str, Any]:
     """The settings of the ODE block."""
     given = {name: getattr(settings, name) for name in SOLVER}
     if settings.net == "rk-net":
@@ -126,13 +140,17 @@ class ImageTraining(Training):
         )
 
     def _validate(self) -> float:
-        judgement = judge(self.net, self.split.validation_images, self.split.validation_labels)
+        try:
+            judgement = judge(self.net, self.split.validation_images, self.split.validation_labels)
+        except IntegrationError:  # of weights that are lost, or of a step that is too long
+            return math.inf
         self.judgements.append(judgement)
         return judgement.error + TIE * min(0.1, judgement.nll)  # 0.1 where it is NaN
 
     def select(self) -> None:
         """Put the weights with the lowest error on the validation images into the net."""
-        put(self.parameters, self.best.weights)
+        if self.best.weights:
+            put(self.parameters, self.best.weights)
 
 
 def plan(settings: Settings, rows: int) -> Plan:

@@ -202,13 +202,14 @@ class Training:
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides how it goes on, of tensors and plain values; no copies."""
         state = {name: getattr(self, name) for name in _COUNTS}
+        kept = getattr(self.batches, "state_dict", None)
         return state | {
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict(),
             "best": vars(self.best),
             "clock": self._clock.state_dict(),
-            "batches": self.batches.state_dict() if hasattr(self.batches, "state_dict") else None,
+            "batches": None if kept is None else kept(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -221,7 +222,8 @@ class Training:
         vars(self.best).update(state["best"])
         self._clock.load_state_dict(state["clock"])
         if state["batches"] is not None:
-            self.batches.load_state_dict(state["batches"])
+            batches: Any = self.batches
+            batches.load_state_dict(state["batches"])
         for name in _COUNTS:
             setattr(self, name, state[name])
 

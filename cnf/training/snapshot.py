@@ -19,10 +19,13 @@ from cnf.error import InputError
 from cnf.replace import replacing
 
 FORMAT = 1  # of the file; raised when an older reader would misread it
+_DAMAGES = (OSError, EOFError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def write_snapshot(path: str | os.PathLike[str], state: dict[str, Any], device: torch.device) -> None:
+def write_snapshot(
+    path: str | os.PathLike[str], state: dict[str, Any], device: torch.device
+) -> None:
     """Write a training's state and torch's random state, whole or not at all.
 
     state: tensors and plain values, nested; device: whose random numbers the training uses besides
@@ -45,7 +48,7 @@ def read_snapshot(path: str | os.PathLike[str], device: torch.device) -> dict[st
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True)
         form, random, state = kept["format"], kept["random"], kept["state"]
-    except (OSError, EOFError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError) as error:
+    except _DAMAGES as error:
         raise InputError(f"{path} is damaged or no snapshot; start the run anew") from error
     if form != FORMAT:
         raise InputError(

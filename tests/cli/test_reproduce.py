@@ -10,13 +10,15 @@ from matplotlib.image import imread
 
 from cnf.cli import classify, reproduce
 
-TINY = ("--dataset", "digits", "--width", "4", "--stem", "fine", "--steps", "3", "--batch-size", "32")
+TINY = (
+    "--dataset", "digits", "--width", "4", "--stem", "fine", "--steps", "3", "--batch-size", "32"
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reproduce, "QUICK", TINY)
-    monkeypatch.setattr(classify, "SOLVERS", {"dopri5, 1e-5": {"rtol": 1e-5}})
+    monkeypatch.setattr(classify, "SOLVERS", {"dopri5, 1e-5": {"method": "dopri5", "rtol": 1e-5}})
 
 
 def test_errors_fall_at_the_order_of_each_method(cnf_command) -> None:

@@ -307,7 +307,8 @@ def test_a_failed_download_leaves_nothing(
     changed = change(mirror.pages.pop(name))
     mirror.pages |= {} if changed is None else {name: changed}
     sentence = refusal()
-    assert sentence.startswith("train-images-idx3-ubyte of MNIST could not be downloaded (127.0.0.1")
+    start = "train-images-idx3-ubyte of MNIST could not be downloaded (127.0.0.1"
+    assert sentence.startswith(start)
     assert reason in sentence and "CNF_DATA" in sentence
     assert not files_in(tmp_path)
 

@@ -110,7 +110,8 @@ def judged(predictions: Tensor) -> Judgement:
 
 
 @pytest.mark.parametrize(
-    ("lost", "won", "depends"), [(0, 0, False), (4, 0, False), (5, 0, True), (20, 14, False), (9, 90, False)]
+    ("lost", "won", "depends"),
+    [(0, 0, False), (4, 0, False), (5, 0, True), (20, 14, False), (9, 90, False)],
 )
 def test_a_net_depends_on_its_solver_where_a_finer_one_is_worse_beyond_chance(
     lost: int, won: int, depends: bool
