@@ -61,7 +61,7 @@ def test_version_goes_to_stdout(capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("", "name a verb: fit, sample, logprob; see cnf --help"),
+        ("", "name a verb: fit, sample, logprob, "),
         ("fot", "invalid choice: 'fot'"),
         ("fit", "required: DATA; see cnf fit --help"),
         ("fit moons --steps 0", "argument --steps: '0' is not a whole number above 0"),
