@@ -43,7 +43,7 @@ class Settings:
     epochs: int = 14
     steps: int | None = None
     batch_size: int = 128
-    lr: float = 4e-3
+    lr: float = 1e-2
     optimizer: str = "adam"
     weight_decay: float = 0.02
     drops: tuple[float, ...] = ()
@@ -95,7 +95,9 @@ PAPER: dict[str, Any] = {
     "smoothing": 0.0,
     "shift": 4,
 }
-DIGITS: dict[str, Any] = {"stem": "fine", "shift": 1, "validation": 270, "epochs": 60}
+DIGITS: dict[str, Any] = {
+    "stem": "fine", "shift": 1, "validation": 270, "epochs": 60, "batch_size": 32
+}  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {"quick": {}, "paper": PAPER}
 
 

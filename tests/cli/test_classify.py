@@ -247,7 +247,7 @@ def stopped(cnf_command, monkeypatch) -> None:
 def test_other_settings_are_refused_when_resuming(cnf_command, monkeypatch, refusal) -> None:
     stopped(cnf_command, monkeypatch)
     sentence = refusal(*TINY, "--resume", "--lr", "0.5")
-    assert "has lr 0.004, not 0.5" in sentence
+    assert "has lr 0.01, not 0.5" in sentence
 
 
 def test_a_snapshot_of_another_net_is_refused(cnf_command, monkeypatch, refusal) -> None:
