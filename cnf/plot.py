@@ -235,7 +235,7 @@ def polygon_figure(
     """
     figure = _figure(8.4, 3.2, title)
     left, right = figure.subplots(1, 2)
-    _open_frame(left, "solution and steps")
+    _open_frame(left)  # the legend takes the place of a title
     left.plot(t, exact, color=QUIET, linewidth=4.0, alpha=0.4)
     colors = dict(zip(polygons, _shades(len(polygons)), strict=True))
     for name, (times, values) in polygons.items():
