@@ -31,9 +31,13 @@ if TYPE_CHECKING:
     from cnf.ode.gradient.backprop import Backprop as Backprop
     from cnf.ode.gradient.checkpoint import Checkpoint as Checkpoint
     from cnf.ode.gradient.reversible import Reversible as Reversible
+    from cnf.ode.sensitivity import AdjointState as AdjointState
+    from cnf.ode.sensitivity import adjoint_state as adjoint_state
     from cnf.ode.solution import Solution as Solution
     from cnf.ode.solution import solve as solve
     from cnf.ode.tableau import Tableau as Tableau
+    from cnf.odenet.block import ODEBlock as ODEBlock
+    from cnf.odenet.network import ODENet as ODENet
 
 __version__ = "0.1.0"
 
@@ -41,6 +45,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Adaptive": "cnf.ode.control",
     "Adjoint": "cnf.ode.gradient.adjoint",
+    "AdjointState": "cnf.ode.sensitivity",
     "Backprop": "cnf.ode.gradient.backprop",
     "Checkpoint": "cnf.ode.gradient.checkpoint",
     "ClosedForm": "cnf.flow.divergence",
@@ -57,12 +62,15 @@ _HOMES = {
     "OptimalTransport": "cnf.flow.coupling",
     "Regularizer": "cnf.flow.regularizer",
     "ReverseKL": "cnf.flow.variational",
+    "ODEBlock": "cnf.odenet.block",
+    "ODENet": "cnf.odenet.network",
     "Reversible": "cnf.ode.gradient.reversible",
     "Solution": "cnf.ode.solution",
     "StudentT": "cnf.flow.base",
     "Tableau": "cnf.ode.tableau",
     "Tangents": "cnf.flow.divergence",
     "TrainingError": "cnf.error",
+    "adjoint_state": "cnf.ode.sensitivity",
     "solve": "cnf.ode.solution",
 }
 

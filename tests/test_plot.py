@@ -95,6 +95,27 @@ FIGURES = {
         [[normal_grid(20), normal_grid(30)]] * 3, EXTENT, "ab", "xyz", [["", "0.1 nats"]] * 3
     ),
     "field that stands still": lambda: field(2, velocities=np.zeros((2, 5, 5, 2))),
+    "classifier": lambda: plot.classifier_figure(
+        np.arange(40),
+        np.exp(-np.arange(40) / 10),
+        [10, 30],
+        [0.02, 0.01],
+        np.full(40, 26),
+        np.full(40, 30),
+        "mnist",
+    ),
+    "classifier without an ODE": lambda: plot.classifier_figure(
+        [0, 1], [1.0, np.nan], [1], [0.0], [np.nan, np.nan], [np.nan, np.nan]
+    ),
+    "polygons": lambda: plot.polygon_figure(
+        [0, 1], [1, 2], {"euler": ([0, 1], [1, 1.5])}, {"euler": [(1, 0.5), (2, 0.3)]}
+    ),
+    "costs": lambda: plot.cost_figure(
+        [{"nfe": n, "error": 1 / n, "seconds": n / 9, "nfe_backward": n + 6} for n in (8, 20)],
+        [(1, 8), (2, 14)],
+    ),
+    "confusion": lambda: plot.confusion_figure(np.eye(10) * 90 + np.arange(10), "mnist"),
+    "confusion of none": lambda: plot.confusion_figure(np.zeros((3, 3)), names=["a", "b", "c"]),
     "digits": lambda: plot.digits_figure(points(7, 64), points(5, 64), (8, 8)),
 }
 
@@ -269,3 +290,19 @@ def test_figures_leave_no_global_state() -> None:
     before = dict(matplotlib.rcParams)
     density()
     assert dict(matplotlib.rcParams) == before
+
+
+def test_confusion_shades_mistakes_and_writes_every_count() -> None:
+    counts = np.array([[90, 10], [0, 50]])
+    (axes,) = plot.confusion_figure(counts).axes
+    (image,) = axes.images
+    np.testing.assert_allclose(image.get_array(), [[0, 0.1], [0, 0]])
+    assert sorted(text.get_text() for text in axes.texts) == ["10", "50", "90"]
+    with pytest.raises(ValueError, match=r"not \(classes, classes\)"):
+        plot.confusion_figure(np.zeros((2, 3)))
+
+
+def test_a_classifier_without_an_ode_has_no_panel_of_evaluations() -> None:
+    titles = [axes.get_title("left") for axes in FIGURES["classifier without an ODE"]().axes]
+    assert titles == ["training loss", "validation error (%)"]
+    assert len(FIGURES["classifier"]().axes) == 3

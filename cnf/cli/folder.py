@@ -20,6 +20,7 @@ from cnf.replace import replacing
 
 MODEL, CONFIG, FIGURES, STEPS = "model.safetensors", "config.json", "metrics.json", "metrics.jsonl"
 DENSITY, SAMPLES, TRAINING = "density.png", "samples.png", "training.png"
+CONFUSION, SNAPSHOT = "confusion.png", "snapshot.pt"
 FILES = (MODEL, CONFIG, FIGURES, STEPS, DENSITY, SAMPLES, TRAINING)
 # what `cnf plot` may add
 DRAWN = ("pairs.png", "trajectories.png", "field.png", "animation.gif", "tradeoff.png")
@@ -41,11 +42,21 @@ class RunFolder:
 
     def begin(self, config: Mapping[str, Any]) -> None:
         """Write config.json and open the record of steps, once what an older run left is gone."""
-        for name in (*FILES, *DRAWN):
+        for name in (*FILES, *DRAWN, CONFUSION, SNAPSHOT):
             if name != STEPS:  # it holds our claim to the folder, and is emptied below
                 (self.path / name).unlink(missing_ok=True)
         self.write_json(CONFIG, config)
         self._steps = (self.path / STEPS).open("w", encoding="utf-8")
+
+    def go_on(self, step: int) -> list[dict[str, Any]]:
+        """Open the record of steps after `step` of them, where there were more they are cut off;
+        the records that stay.
+        """
+        lines = (self.path / STEPS).read_text(encoding="utf-8").splitlines()[:step]
+        with replacing(self.path / STEPS) as file:
+            file.writelines(f"{line}\n".encode() for line in lines)
+        self._steps = (self.path / STEPS).open("a", encoding="utf-8")
+        return [json.loads(line) for line in lines]
 
     def add_step(self, record: Mapping[str, Any]) -> None:
         """Append a line to the record of steps; it is on disk when this returns."""
@@ -100,6 +111,37 @@ def claimed_folder(out: str, overwrite: bool) -> Iterator[RunFolder]:
         folder.close()
         if not folder.has_begun:
             _remove(made)
+
+
+@contextmanager
+def resumed_folder(out: str) -> Iterator[RunFolder]:
+    """The folder of a run that was interrupted; `go_on` opens its record of steps.
+
+    Raises InputError where there is no such run, or nothing is left to do.
+    """
+    folder = _folder_path(out)
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"{folder} holds no run to resume; leave --resume out to begin one")
+    if not (folder / SNAPSHOT).is_file():
+        done = (folder / FIGURES).is_file()
+        why = "the run has finished" if done else "the run stopped before its first snapshot"
+        raise InputError(f"there is no {folder / SNAPSHOT}, {why}; leave --resume out to begin one")
+    kept = RunFolder(folder)
+    try:
+        yield kept
+    finally:
+        kept.close()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file of a run holds.  Raises InputError where it cannot be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged; restore it or start anew") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is damaged; restore it or start anew")
+    return value
 
 
 def _folder_path(out: str) -> Path:
@@ -188,7 +230,12 @@ def _stored_data(config: Path) -> dict[str, Any]:
     """What config.json says of the data."""
     damaged = InputError(f"{config} is damaged; restore it or fit again")
     try:
-        data = json.loads(config.read_text(encoding="utf-8"))["data"]
+        found = json.loads(config.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and "settings" in found:
+            raise InputError(
+                f"{config.parent} holds a classifier, which has no density; name a flow's run"
+            )
+        data = found["data"]
         columns = data["columns"]
     except FileNotFoundError as error:
         raise InputError(
@@ -197,6 +244,8 @@ def _stored_data(config: Path) -> dict[str, Any]:
         ) from error
     except OSError as error:
         raise InputError(f"{config} cannot be read ({error.strerror}); fit again") from error
+    except InputError:
+        raise
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise damaged from error
     if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):

@@ -10,6 +10,17 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from cnf.cli.mnist_parser import (
+    EXPORT_EXAMPLES,
+    EXPORT_PAGE,
+    MNIST_EXAMPLES,
+    MNIST_PAGE,
+    REPRODUCE_EXAMPLES,
+    REPRODUCE_PAGE,
+    add_export_arguments,
+    add_mnist_arguments,
+    add_reproduce_arguments,
+)
 from cnf.error import InputError
 
 PAGE = """\
@@ -38,9 +49,13 @@ TRUST IT, AND SEE IT
   cnf check runs/moons                     does it integrate to 1, invert, agree with itself?
   cnf plot runs/moons --what animation     the base on its way to the data; see cnf plot --help
 
+CLASSIFY IMAGES
+  cnf mnist classify --preset quick        an ODE-Net on MNIST, in minutes on a CPU
+  cnf export runs/mnist-odenet --nfe 8     a program of 8 evaluations, for small devices
+
 EACH VERB HAS A PAGE
-  cnf fit --help       cnf sample --help       cnf logprob --help
-  cnf check --help     cnf plot --help         cnf reproduce --help
+  cnf fit --help       cnf sample --help       cnf logprob --help     cnf check --help
+  cnf plot --help      cnf mnist --help        cnf export --help      cnf reproduce --help
 """
 
 CODES = """\
@@ -134,21 +149,6 @@ examples:
   cnf plot runs/wine --what pairs -o pairs.pdf
   cnf plot runs/wine new.csv --what tradeoff -o tradeoff.pdf --json
 """
-
-REPRODUCE_PAGE = """\
-Draw a figure of the papers by what is trained on the spot, with its numbers, into a folder.
-
-  fig4   Chen et al. 2018, figure 4: planar normalizing flows of depth K = 2, 8, 32 against planar
-         continuous flows of width M = 2, 8, 32, by reverse KL to four densities
-  fig5   Chen et al. 2018, figure 5: two circles and two moons, densities and samples over time
-"""
-
-REPRODUCE_EXAMPLES = """\
-examples:
-  cnf reproduce fig4 --quick          a few minutes instead of an hour
-  cnf reproduce fig5 --out runs/fig5
-"""
-
 
 CHECK_PAGE = """\
 Measure what must agree if log p(x) can be trusted, and print a table and a verdict:
@@ -314,15 +314,6 @@ def _plot_arguments(verb: Parser) -> None:
     _device_argument(verb)
 
 
-def _reproduce_arguments(verb: Parser) -> None:
-    verb.add_argument("what", choices=("fig4", "fig5"), help="the figure")
-    verb.add_argument("--quick", action="store_true", help="train less: the picture in short")
-    verb.add_argument("--out", metavar="DIR", help="the folder (default: runs/WHAT)")
-    verb.add_argument("--seed", metavar="K", type=_seed, default=0, help="of all that is drawn (0)")
-    verb.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
-    verb.add_argument("--quiet", action="store_true", help="no progress")
-
-
 def _rows_arguments(verb: Parser) -> None:
     verb.add_argument("run_folder", metavar="RUN", help="a run folder that `cnf fit` wrote")
     verb.add_argument("file", metavar="FILE", nargs="?", help="a table: .csv, .npy or .npz")
@@ -350,7 +341,9 @@ VERBS = (
     ("logprob", LOGPROB_PAGE, LOGPROB_EXAMPLES, _logprob_arguments),
     ("check", CHECK_PAGE, CHECK_EXAMPLES, _check_arguments),
     ("plot", PLOT_PAGE, PLOT_EXAMPLES, _plot_arguments),
-    ("reproduce", REPRODUCE_PAGE, REPRODUCE_EXAMPLES, _reproduce_arguments),
+    ("mnist", MNIST_PAGE, MNIST_EXAMPLES, add_mnist_arguments),
+    ("export", EXPORT_PAGE, EXPORT_EXAMPLES, add_export_arguments),
+    ("reproduce", REPRODUCE_PAGE, REPRODUCE_EXAMPLES, add_reproduce_arguments),
 )
 
 

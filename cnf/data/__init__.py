@@ -11,17 +11,21 @@ if TYPE_CHECKING:
     from cnf.data.digits import bits_per_dim as bits_per_dim
     from cnf.data.digits import dequantize as dequantize
     from cnf.data.digits import load_digits as load_digits
+    from cnf.data.idx import Images as Images
+    from cnf.data.idx import mnist as mnist
     from cnf.data.table import Table as Table
     from cnf.data.table import read_table as read_table
     from cnf.data.table import write_table as write_table
 
 # public name → the module beside this file that holds it
 _EXPORTS: dict[str, str] = {
+    "Images": "idx",
     "TOY_NAMES": "density",
     "Table": "table",
     "bits_per_dim": "digits",
     "dequantize": "digits",
     "load_digits": "digits",
+    "mnist": "idx",
     "read_table": "table",
     "toy": "density",
     "write_table": "table",

@@ -26,7 +26,8 @@ from cnf.flow.objective import FlowMatching, MaximumLikelihood, Trainable
 from cnf.flow.pilot import choose_field, pilot_plan
 from cnf.flow.regularizer import Regularizer
 from cnf.flow.transform import Support
-from cnf.training.loop import Batch, Batches, Best, Plan, Progress, put, train
+from cnf.training.batches import Shuffled
+from cnf.training.loop import Batches, Best, Plan, Progress, put, train
 from cnf.training.seed import seeded
 
 SECONDS = 50.0  # the default budget
@@ -73,7 +74,7 @@ class Split:
         """A function that gives the next batch at each call."""
         size = min(size, len(self.training))
         if isinstance(self.training, Tensor):
-            return _Shuffled(self.training, size, flow)
+            return Shuffled(in_parts(self.training, flow), size, device=flow.device)
         return _Drawn(self.training, size, flow)
 
 
@@ -339,21 +340,6 @@ def _joined(x: Any, context: Any, flow: Fittable, name: str) -> Tensor:
 def in_parts(rows: Tensor, flow: Fittable) -> tuple[Tensor, ...]:
     """(x,), or (x, contexts) of a conditional flow, of rows that go on with their contexts."""
     return (rows,) if not flow.context else (rows[:, : flow.dim], rows[:, flow.dim :])
-
-
-class _Shuffled:
-    """Batches of rows in memory: all of them in a new order, again and again."""
-
-    def __init__(self, rows: Tensor, size: int, flow: Fittable) -> None:
-        self._rows, self._size, self._flow = rows, size, flow
-        self._order = torch.empty(0, dtype=torch.long)
-
-    def __call__(self) -> Batch:
-        if len(self._order) < self._size:
-            self._order = torch.cat([self._order, torch.randperm(len(self._rows))])
-        chosen, self._order = self._order[: self._size], self._order[self._size :]
-        rows = self._rows[chosen].to(self._flow.device)
-        return in_parts(rows, self._flow) if self._flow.context else rows
 
 
 class _Drawn:

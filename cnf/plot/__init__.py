@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cnf.plot.animation import flow_frames, save_animation
 from cnf.plot.comparison import comparison_figure, histogram_log_density
+from cnf.plot.confusion import confusion_figure
 from cnf.plot.course import cell_centres, extent_of, field_figure, trajectory_figure
 from cnf.plot.density import density_figure
 from cnf.plot.image import digits_figure, image_grid
@@ -18,8 +19,9 @@ from cnf.plot.paper import (
     Extent,
     save_figure,
 )
+from cnf.plot.solver import cost_figure, polygon_figure
 from cnf.plot.tradeoff import tradeoff_figure
-from cnf.plot.training import training_figure
+from cnf.plot.training import classifier_figure, training_figure
 
 __all__ = [
     "DATA",
@@ -30,7 +32,10 @@ __all__ = [
     "QUIET",
     "Extent",
     "cell_centres",
+    "classifier_figure",
     "comparison_figure",
+    "confusion_figure",
+    "cost_figure",
     "density_figure",
     "digits_figure",
     "extent_of",
@@ -40,6 +45,7 @@ __all__ = [
     "image_grid",
     "line_figure",
     "marginals_figure",
+    "polygon_figure",
     "save_animation",
     "save_figure",
     "tradeoff_figure",

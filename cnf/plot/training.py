@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FormatStrFormatter, MaxNLocator
 from numpy.typing import ArrayLike
 
 from cnf.plot.array import finite, paired
-from cnf.plot.paper import DATA, INK, MODEL, QUIET, new_figure, open_frame
+from cnf.plot.paper import DATA, INK, MODEL, QUIET, legend, new_figure, open_frame
 
 
 def training_figure(
@@ -39,14 +39,53 @@ def training_figure(
     panels = _step_panels(figure, names)
 
     starts = [first for first, _ in phases]
-    _curve(panels["training loss"], step, value, starts, DATA)
+    curve(panels["training loss"], step, value, starts, DATA)
     if axes := panels.get("validation NLL (nats)"):
         _validation(axes, checked, nll, floor)
     if axes := panels.get("field evaluations"):
-        _curve(axes, *paired(seconds, nfe, "nfe"), starts, MODEL)
+        curve(axes, *paired(seconds, nfe, "nfe"), starts, MODEL)
         axes.set_ylim(0.0, 1.06 * float(finite(nfe).max()))
     for axes in panels.values():
         _mark_phases(axes, step, phases, named=axes is panels["training loss"])
+    return figure
+
+
+def classifier_figure(
+    seconds: ArrayLike,
+    loss: ArrayLike,
+    validation_seconds: ArrayLike,
+    validation_error: ArrayLike,
+    nfe: ArrayLike = (),
+    nfe_backward: ArrayLike = (),
+    title: str = "",
+) -> Figure:
+    """Training loss, validation error in percent and evaluations of the field over training.
+
+    seconds, loss, nfe, nfe_backward: (n,), the counts NaN where there are none; validation_seconds,
+    validation_error: (k,), the error as a share.  A panel that has nothing to show is left out.
+    """
+    step, value = paired(seconds, loss, "loss")
+    checked, error = paired(validation_seconds, validation_error, "validation_error")
+    names = ["training loss"]
+    names += ["validation error (%)"] if len(finite(error)) else []
+    names += ["field evaluations"] if len(finite(nfe)) else []
+    figure = new_figure(max(3.6 * len(names), 4.4), 2.9, title)
+    panels = _step_panels(figure, names)
+    curve(panels["training loss"], step, value, (), DATA)
+    if axes := panels.get("validation error (%)"):
+        _validation(axes, checked, 100 * error, None)
+        axes.set_yscale("log" if (finite(error) > 0).all() else "linear")
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
+        axes.tick_params(which="minor", colors=QUIET, labelsize=7)
+    if axes := panels.get("field evaluations"):
+        counts = {"forward": (nfe, MODEL), "backward": (nfe_backward, DATA)}
+        for counted, color in counts.values():
+            if len(finite(counted)):
+                curve(axes, *paired(seconds, counted, "nfe"), (), color)
+        highest = max(float(finite(counted).max(initial=0.0)) for counted, _ in counts.values())
+        axes.set_ylim(0.0, 1.06 * highest or 1.0)
+        legend(axes, [(name, color, "-") for name, (_, color) in counts.items()])
     return figure
 
 
@@ -60,7 +99,7 @@ def _step_panels(figure: Figure, names: Sequence[str]) -> dict[str, Axes]:
     return dict(zip(names, row, strict=True))
 
 
-def _curve(
+def curve(
     axes: Axes, steps: np.ndarray, values: np.ndarray, starts: Sequence[float], color: str
 ) -> None:
     """Raw values faint, their moving mean strong; no mean crosses from one phase into the next."""

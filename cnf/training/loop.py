@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cnf.error import IntegrationError, TrainingError
+from cnf.training.optimizer import Adam, Optimizer
 
-Batch = Tensor | tuple[Tensor, ...]
+Batch = Tensor | tuple[Any, ...]  # what the module takes: one argument or several
 Batches = Callable[[], Batch]
 Validate = Callable[[], float]
 
@@ -28,9 +30,9 @@ class Progress:
 
     phase: a word for the objective; step of steps (planned); loss: of this batch, NaN where it was
     skipped; lr; seconds: elapsed, remaining: expected; validation: the score of the averaged
-    weights, lower is better, where this step measured it; nfe: evaluations of the field, where the
-    objective counts them; skipped: batches left out so far because their loss or gradient was not
-    finite.
+    weights, lower is better, where this step measured it; nfe, nfe_backward: evaluations of the
+    field and error: the share of the batch that was classified wrongly, where the objective counts
+    them; skipped: batches left out so far because their loss or gradient was not finite.
     """
 
     phase: str
@@ -43,6 +45,8 @@ class Progress:
     validation: float | None = None
     nfe: int | None = None
     skipped: int = 0
+    nfe_backward: int | None = None
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,9 @@ class Plan:
 
     lr: the peak of a cosine with a linear start over `warmup` of the steps; clip: largest gradient
     norm; memory: the averaged weights' horizon as a share of the steps taken; validations: how
-    often to measure over the whole; patience: stop after so many without improvement, or None.
+    often to measure over the whole; patience: stop after so many without improvement, or None;
+    optimizer: what takes the steps; drops: shares of the whole at which lr falls to a tenth, in the
+    place of the cosine.
     """
 
     phase: str
@@ -63,6 +69,14 @@ class Plan:
     memory: float = 0.08
     validations: int = 10
     patience: int | None = None
+    optimizer: Optimizer = Adam()  # noqa: RUF009
+    drops: tuple[float, ...] = ()
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of a step."""
+        if self.drops:
+            return self.lr * 0.1 ** sum(step >= share * steps for share in self.drops)
+        return self.lr * schedule(step, steps, self.warmup)
 
 
 @dataclass
@@ -92,49 +106,131 @@ def train(
     A batch whose loss or gradient is not finite is skipped and counted; raises TrainingError after
     PATIENCE_BATCHES of them in a row.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=plan.lr, betas=(0.9, 0.99))
-    average = Average(parameters, plan.memory)
-    clock = _Clock(plan)
-    step = skipped = skipped_in_a_row = 0
-    steps = clock.steps(step)
-    while True:
-        lr = plan.lr * schedule(step, steps, plan.warmup)
-        loss = _step(module, batches(), optimizer, lr, plan.clip)
-        step += 1
-        if math.isfinite(loss):
-            average.update()
-            skipped_in_a_row = 0
-        else:
-            skipped += 1
-            skipped_in_a_row += 1
-        if skipped_in_a_row >= PATIENCE_BATCHES:
-            raise TrainingError(
-                f"{skipped_in_a_row} batches in a row had a loss or gradient that is not finite "
-                f"(last at step {step} of phase {plan.phase!r}); try a smaller lr, looser "
-                "tolerances, or data of unit scale"
-            )
-        steps = clock.steps(step)
-        last = step >= steps  # decided once: the weights of the last step are always measured
+    yield from Training(module, batches, plan, validate=validate, best=best)
+
+
+class Training:
+    """A training that can be put down between two records and taken up again: see `train`.
+
+    `state_dict` is all that decides how it goes on, but for torch's random state, which is the
+    program's: weights, averaged and best weights, optimizer, step, seconds used, and where batches
+    stand if they offer `state_dict` and `load_state_dict` themselves.
+    """
+
+    def __init__(
+        self, module: nn.Module, batches: Batches, plan: Plan, *, validate: Validate, best: Best
+    ) -> None:
+        self.module, self.batches, self.plan = module, batches, plan
+        self.validate, self.best = validate, best
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = plan.optimizer.over(self.parameters, plan.lr)
+        self.average = Average(self.parameters, plan.memory)
+        self.step = self.skipped = self.skipped_in_a_row = 0
+        self.is_done = False
+        self._clock = _Clock(plan)
+
+    def __iter__(self) -> Iterator[Progress]:
+        steps = self._clock.steps(self.step)
+        while not self.is_done:
+            record = self._advance(steps)
+            steps = record.steps
+            yield record
+
+    def _advance(self, steps: int) -> Progress:
+        """One step of as many as planned; where training stands after it."""
+        plan, clock = self.plan, self._clock
+        lr = plan.rate(self.step, steps)
+        loss = self._step(self.batches(), lr)
+        self.step += 1
+        self._count(loss)
+        steps = clock.steps(self.step)
+        last = self.step >= steps  # decided once: the weights of the last step are always measured
         score = None
-        if clock.validation_due(step) or last:
-            with average.in_place(), clock.validating(step):
-                score = validate()
-            best.offer(score, average.weights)
-        yield Progress(
+        if clock.validation_due(self.step) or last:
+            with self.average.in_place(), clock.validating(self.step):
+                score = self.validate()
+            self.best.offer(score, self.average.weights)
+        tired = plan.patience is not None and self.best.age >= plan.patience
+        self.is_done = last or tired
+        return Progress(
             phase=plan.phase,
-            step=step,
+            step=self.step,
             steps=steps,
             loss=loss,
             lr=lr,
             seconds=clock.elapsed(),
-            remaining=clock.remaining(step),
+            remaining=clock.remaining(self.step),
             validation=score,
-            nfe=getattr(module, "nfe", None),
-            skipped=skipped,
+            nfe=getattr(self.module, "nfe", None),
+            skipped=self.skipped,
+            nfe_backward=getattr(self.module, "nfe_backward", None),
+            error=getattr(self.module, "error", None),
         )
-        if last or (plan.patience is not None and best.age >= plan.patience):
+
+    def _count(self, loss: float) -> None:
+        """Take the weights into the average, or count a batch that was left out."""
+        if math.isfinite(loss):
+            self.average.update()
+            self.skipped_in_a_row = 0
             return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= PATIENCE_BATCHES:
+            raise TrainingError(
+                f"{self.skipped_in_a_row} batches in a row had a loss or gradient that is not "
+                f"finite (last at step {self.step} of phase {self.plan.phase!r}); try a smaller "
+                "lr, looser tolerances, or data of unit scale"
+            )
+
+    def _step(self, batch: Batch, lr: float) -> float:
+        """One optimizer step; the loss, or NaN where it was left out."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad()
+        try:
+            with torch.enable_grad():
+                loss = self.module(*batch) if isinstance(batch, tuple) else self.module(batch)
+            if not math.isfinite(value := loss.item()):
+                return math.nan
+            loss.backward()
+        except IntegrationError:
+            return math.nan
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.plan.clip)
+        if not math.isfinite(norm.item()):
+            return math.nan
+        self.optimizer.step()
+        return value
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides how it goes on, of tensors and plain values; no copies."""
+        state = {name: getattr(self, name) for name in _COUNTS}
+        kept = getattr(self.batches, "state_dict", None)
+        return state | {
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict(),
+            "best": vars(self.best),
+            "clock": self._clock.state_dict(),
+            "batches": None if kept is None else kept(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there; raises RuntimeError, KeyError or ValueError if it is not of a training
+        like this one.
+        """
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average.load_state_dict(state["average"])
+        vars(self.best).update(state["best"])
+        self._clock.load_state_dict(state["clock"])
+        if state["batches"] is not None:
+            batches: Any = self.batches
+            batches.load_state_dict(state["batches"])
+        for name in _COUNTS:
+            setattr(self, name, state[name])
+
+
+_COUNTS = ("step", "skipped", "skipped_in_a_row", "is_done")
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
@@ -162,6 +258,13 @@ class Average:
         for weight, parameter in zip(self.weights, self._parameters, strict=True):
             weight.lerp_(parameter, 1 - keep)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self._count, "weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._count = state["count"]
+        put(self.weights, state["weights"])
+
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The averaged weights in the module's place, for as long as the context lasts."""
@@ -181,33 +284,10 @@ def weights_in_place(parameters: list[nn.Parameter], weights: list[Tensor]) -> I
 
 
 @torch.no_grad()
-def put(parameters: list[nn.Parameter], weights: list[Tensor]) -> None:
+def put(parameters: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
     """Copy weights into parameters."""
     for parameter, weight in zip(parameters, weights, strict=True):
         parameter.copy_(weight)
-
-
-def _step(
-    module: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, lr: float, clip: float
-) -> float:
-    """One optimizer step; the loss, or NaN where it was left out."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.zero_grad()
-    try:
-        with torch.enable_grad():
-            loss = module(*batch) if isinstance(batch, tuple) else module(batch)
-        if not math.isfinite(value := loss.item()):
-            return math.nan
-        loss.backward()
-    except IntegrationError:
-        return math.nan
-    parameters = optimizer.param_groups[0]["params"]
-    norm = nn.utils.clip_grad_norm_(parameters, clip)
-    if not math.isfinite(norm.item()):
-        return math.nan
-    optimizer.step()
-    return value
 
 
 class _Clock:
@@ -244,6 +324,18 @@ class _Clock:
         ):
             return False
         return self._share(step) - self._last_validation >= 1 / self._plan.validations
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "elapsed": self.elapsed(),
+            "last_validation": self._last_validation,
+            "validating": self._validating,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._start = time.perf_counter() - state["elapsed"]
+        self._last_validation = state["last_validation"]
+        self._validating = state["validating"]
 
     @contextmanager
     def validating(self, step: int) -> Iterator[None]:

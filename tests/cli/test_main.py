@@ -45,7 +45,10 @@ def test_help_is_there_at_once(module: str) -> None:
     assert time.perf_counter() - start < 2.0  # 0.1 s on an idle machine; torch alone takes 3
 
 
-@pytest.mark.parametrize("verb", ["fit", "sample", "logprob", "check", "plot", "reproduce"])
+VERBS = ("fit", "sample", "logprob", "check", "plot", "mnist", "export", "reproduce")
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_a_page_with_examples(verb: str, capsys) -> None:
     assert main([verb, "--help"]) == 0
     page = capsys.readouterr().out
@@ -61,7 +64,7 @@ def test_version_goes_to_stdout(capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("", "name a verb: fit, sample, logprob, check, plot, reproduce; see cnf --help"),
+        ("", f"name a verb: {', '.join(VERBS)}; see cnf --help"),
         ("fot", "invalid choice: 'fot'"),
         ("fit", "required: DATA; see cnf fit --help"),
         ("fit moons --steps 0", "argument --steps: '0' is not a whole number above 0"),

@@ -1,13 +1,14 @@
 import pytest
 
 from cnf import data
-from cnf.data import density, digits, table
+from cnf.data import density, digits, idx, table
 
 
 def test_every_public_name_is_found_in_the_package_and_listed():
     homes = {
         density: ["TOY_NAMES", "toy"],
         digits: ["bits_per_dim", "dequantize", "load_digits"],
+        idx: ["Images", "mnist"],
         table: ["Table", "read_table", "write_table"],
     }
     for home, names in homes.items():

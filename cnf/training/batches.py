@@ -1,0 +1,57 @@
+"""Batches of rows in memory, whose place in the data can be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Shuffled:
+    """Batches of aligned tensors: all rows in a new order, again and again.
+
+    parts: tensors of as many rows; size: of a batch; change: what is done to a batch's first part,
+    such as `shifted`; device: where batches go.  Random numbers are torch's own.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Tensor],
+        size: int,
+        *,
+        change: Callable[[Tensor], Tensor] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._parts, self._change, self._device = parts, change, device
+        self._size = min(size, len(parts[0]))
+        self._order = torch.empty(0, dtype=torch.long)
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        if len(self._order) < self._size:
+            self._order = torch.cat([self._order, torch.randperm(len(self._parts[0]))])
+        chosen, self._order = self._order[: self._size], self._order[self._size :]
+        first, *rest = (part[chosen].to(self._device) for part in self._parts)
+        return (first if self._change is None else self._change(first), *rest)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"order": self._order.clone()}  # a view would be stored with all that it views
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._order = state["order"]
+
+
+def shifted(images: Tensor, most: int) -> Tensor:
+    """Each image moved by up to `most` pixels in both directions, filled up with zeros.
+
+    images: (batch, channels, height, width).  Random numbers are torch's own.
+    """
+    batch, channels, height, width = images.shape
+    padded = torch.nn.functional.pad(images, (most,) * 4)
+    down, right = torch.randint(2 * most + 1, (2, batch, 1), device="cpu").to(images.device)
+    rows = down + torch.arange(height, device=images.device)
+    columns = right + torch.arange(width, device=images.device)
+    row = torch.arange(batch, device=images.device).reshape(-1, 1, 1, 1)
+    channel = torch.arange(channels, device=images.device).reshape(-1, 1, 1)
+    return padded[row, channel, rows[:, None, :, None], columns[:, None, None, :]]
