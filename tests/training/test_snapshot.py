@@ -28,8 +28,7 @@ class Fit(nn.Module):
         super().__init__()
         self.layer = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.2), nn.Linear(8, 1))
 
-    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        x, y = batch
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return (self.layer(x) - y).square().mean()
 
 
@@ -38,7 +37,7 @@ def begun(optimizer: Optimizer) -> Training:
     x = torch.randn(50, 3)
     module = Fit()
     plan = Plan("demo", steps=40, lr=0.02, validations=8, optimizer=optimizer)
-    validate = lambda: module((x, x[:, :1])).item()  # noqa: E731
+    validate = lambda: module(x, x[:, :1]).item()  # noqa: E731
     batches = Shuffled((x, x[:, :1]), 16)
     return Training(module, batches, plan, validate=validate, best=Best())
 
