@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 import sys
 import time
 from argparse import Namespace
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from cnf import __version__
 from cnf.cli.classifier import settings_of, write_classifier
 from cnf.cli.device import usable_device
 from cnf.cli.folder import (
@@ -30,6 +28,7 @@ from cnf.cli.folder import (
     json_text,
     read_json,
     resumed_folder,
+    versions,
 )
 from cnf.error import InputError
 from cnf.odenet.classification import (
@@ -154,17 +153,11 @@ def _record(line: dict[str, Any]) -> Progress:
 
 def _config(settings: Settings, arguments: Namespace) -> dict[str, Any]:
     """What it takes to repeat the run, or to go on with it."""
-    versions = {
-        "cnf": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-    }
     return {
         "arguments": vars(arguments),
         "settings": asdict(settings),
         "threads": torch.get_num_threads(),
-        "versions": versions,
+        "versions": versions(),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 import time
 from argparse import Namespace
@@ -10,11 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from cnf import __version__
 from cnf.cli.device import usable_device
-from cnf.cli.folder import CONFIG, FIGURES, MODEL, RunFolder, claimed_folder, json_text
+from cnf.cli.folder import (
+    CONFIG,
+    FIGURES,
+    MODEL,
+    RunFolder,
+    claimed_folder,
+    json_text,
+    versions,
+)
 from cnf.cli.picture import save_density, save_training
 from cnf.cli.source import Source, read_source
 from cnf.flow.flow import Flow
@@ -135,17 +139,11 @@ def _settings(arguments: Namespace) -> dict[str, Any]:
 
 def _config(flow: Flow, source: Source, arguments: Namespace) -> dict[str, Any]:
     """What it takes to repeat the run."""
-    versions = {
-        "cnf": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-    }
     return {
         "arguments": vars(arguments),
         "data": source.description,
         "flow": flow.config,
-        "versions": versions,
+        "versions": versions(),
     }
 
 

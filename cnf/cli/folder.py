@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, TextIO
 
 import torch
 
+from cnf import __version__
 from cnf.error import InputError
 from cnf.flow.flow import Flow
 from cnf.replace import replacing
@@ -24,6 +26,16 @@ CONFUSION, SNAPSHOT = "confusion.png", "snapshot.pt"
 FILES = (MODEL, CONFIG, FIGURES, STEPS, DENSITY, SAMPLES, TRAINING)
 # what `cnf plot` may add
 DRAWN = ("pairs.png", "trajectories.png", "field.png", "animation.gif", "tradeoff.png")
+
+
+def versions() -> dict[str, str]:
+    """What a run was made with, for its config.json."""
+    return {
+        "cnf": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
 
 
 class RunFolder:

@@ -114,13 +114,8 @@ def fit_flow(
             flow.whiten(*in_parts(_sample_of(split.training, flow), flow))
         batches = split.batches(batch_size, flow)
         records = _run(flow, plans, objectives, batches, split.validation)
-        shown = with_bar(records, plans) if progress else records
-        # closed here: an error's traceback would keep them, and the best weights, waiting
         try:
-            with closing(records), closing(shown):
-                for record in shown:
-                    if callback is not None:
-                        callback(record)
+            follow(records, plans, callback, progress)
         finally:
             flow.zero_grad()  # of the field that is now in place
 
@@ -395,7 +390,22 @@ class _Score:
         return -self.log_prob.mean().item()
 
 
-def with_bar(records: Iterable[Progress], plans: list[Plan]) -> Generator[Progress]:
+def follow(
+    records: Generator[Progress],
+    plans: list[Plan],
+    callback: Callable[[Progress], None] | None,
+    progress: bool,
+) -> None:
+    """Train to the end: hand every record to the callback, with a bar on stderr if wanted."""
+    shown = _with_bar(records, plans) if progress else records
+    # closed here: an error's traceback would keep them, and the best weights, waiting
+    with closing(records), closing(shown):
+        for record in shown:
+            if callback is not None:
+                callback(record)
+
+
+def _with_bar(records: Iterable[Progress], plans: list[Plan]) -> Generator[Progress]:
     """The records, with a bar on stderr where that is a terminal."""
     with tqdm(
         total=1000, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False,

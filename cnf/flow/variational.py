@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from cnf.error import InputError, IntegrationError, whole_number
 from cnf.flow.objective import Trainable, fresh, training_solver
-from cnf.flow.recipe import TOLERANCE, checked_budget, move_flow, with_bar
+from cnf.flow.recipe import TOLERANCE, checked_budget, follow, move_flow
 from cnf.flow.regularizer import Regularizer
 from cnf.training.loop import Best, Plan, Progress, put, train
 from cnf.training.seed import seeded
@@ -125,12 +124,8 @@ def fit_flow_to_density(
         records: Any = train(
             objective, lambda: flow.draw_base(batch_size), plan, validate=score, best=best
         )
-        shown = with_bar(records, [plan]) if progress else records
         try:
-            with closing(records), closing(shown):
-                for record in shown:
-                    if callback is not None:
-                        callback(record)
+            follow(records, [plan], callback, progress)
         finally:
             if best.weights:
                 put(parameters, best.weights)
