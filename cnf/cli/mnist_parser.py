@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
+from cnf.cli.argument import count, device_argument, names, page, positive, seed, share, shares
 from cnf.odenet.settings import DATASETS, NETS, PRESETS
 
 MNIST_PAGE = """\
@@ -97,34 +97,30 @@ examples:
 
 def add_reproduce_arguments(verb: Any) -> None:
     """Add the arguments of `cnf reproduce` to its parser."""
-    from cnf.cli.parser import _count, _device_argument, _names, _seed
-
     figures = ("table1", "fig2", "fig3", "fig4", "fig5")
     verb.add_argument("what", metavar="WHAT", choices=figures)
-    verb.add_argument("--seed", metavar="K", type=_seed, default=0, help="of fig4 and fig5 (0)")
+    verb.add_argument("--seed", metavar="K", type=seed, default=0, help="of fig4 and fig5 (0)")
     verb.add_argument("--quick", action="store_true", help="small, in a minute or two")
     verb.add_argument("--out", metavar="FOLDER", help="where the results go (runs/WHAT)")
     verb.add_argument("--dataset", choices=DATASETS, help="which images (mnist)")
     verb.add_argument("--data", metavar="FOLDER", help="the folder that holds the IDX files")
-    verb.add_argument("--epochs", metavar="N", type=_count, help="times through the images (10)")
+    verb.add_argument("--epochs", metavar="N", type=count, help="times through the images (10)")
     verb.add_argument(
-        "--seeds", metavar="N", type=_count, default=1, help="trainings of each row of table1 (1)"
+        "--seeds", metavar="N", type=count, default=1, help="trainings of each row of table1 (1)"
     )
     verb.add_argument(
-        "--rows", metavar="A,B", type=_names, help="rows of table1, such as resnet,odenet-adjoint"
+        "--rows", metavar="A,B", type=names, help="rows of table1, such as resnet,odenet-adjoint"
     )
     verb.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
     verb.add_argument("--quiet", action="store_true", help="no progress, nothing but warnings")
-    _device_argument(verb)
+    device_argument(verb)
 
 
 def add_export_arguments(verb: Any) -> None:
     """Add the arguments of `cnf export` to its parser."""
-    from cnf.cli.parser import _count
-
     verb.add_argument("run_folder", metavar="RUN", help="a run of `cnf mnist classify`")
     verb.add_argument(
-        "--nfe", metavar="N", type=_count, required=True, help="evaluations of the field, at most"
+        "--nfe", metavar="N", type=count, required=True, help="evaluations of the field, at most"
     )
     verb.add_argument("--method", metavar="NAME", help="euler, midpoint, rk4, ... (the run's own)")
     verb.add_argument(
@@ -136,10 +132,8 @@ def add_export_arguments(verb: Any) -> None:
 
 def add_mnist_arguments(verb: Any) -> None:
     """Add the tasks of `cnf mnist` and their arguments to its parser."""
-    from cnf.cli.parser import _page
-
     tasks = verb.add_subparsers(prog="cnf mnist", dest="task", metavar="TASK", required=True)
-    task = _page(
+    task = page(
         tasks.add_parser, "classify", description=CLASSIFY_PAGE, epilog=CLASSIFY_EXAMPLES,
         help="train an ODE-Net, or another net, and judge it",
     )  # fmt: skip
@@ -165,32 +159,28 @@ def _place_arguments(task: Any) -> None:
 
 
 def _data_arguments(data: Any) -> None:
-    from cnf.cli.parser import _count
-
     data.add_argument("--dataset", choices=DATASETS, help="which images (mnist)")
     data.add_argument("--data", metavar="FOLDER", help="the folder that holds the IDX files")
     data.add_argument(
         "--no-download", action="store_true", help="fail where the files are not found"
     )
     data.add_argument(
-        "--validation", metavar="N", type=_count, help="training images held back to select by"
+        "--validation", metavar="N", type=count, help="training images held back to select by"
     )
 
 
 def _net_arguments(net: Any) -> None:
-    from cnf.cli.parser import _count, _seed
-
     net.add_argument(
         "--net",
         choices=NETS,
         help="odenet; rk-net, the same with gradients by backprop through the solver; resnet of "
         "six blocks, one-block, no-block; mlp of one hidden layer (odenet)",
     )
-    net.add_argument("--width", metavar="N", type=_count, help="channels of the features")
+    net.add_argument("--width", metavar="N", type=count, help="channels of the features")
     net.add_argument(
         "--stem", metavar="KIND", help="layers before the ODE: residual, conv, strided or fine"
     )
-    net.add_argument("--augment", metavar="N", type=_seed, help="channels of zeros for the ODE (0)")
+    net.add_argument("--augment", metavar="N", type=seed, help="channels of zeros for the ODE (0)")
     net.add_argument(
         "--steady", dest="timed", action="store_false", default=None,
         help="a field that does not see the time",
@@ -198,69 +188,51 @@ def _net_arguments(net: Any) -> None:
 
 
 def _solver_arguments(solver: Any) -> None:
-    from cnf.cli.parser import _count, _positive
-
     solver.add_argument("--method", metavar="NAME", help="euler, midpoint, rk4, dopri5, tsit5, ...")
     steps = solver.add_mutually_exclusive_group()
-    steps.add_argument("--rtol", metavar="X", type=_positive, help="tolerance of adaptive steps")
-    steps.add_argument("--step-size", metavar="H", type=_positive, help="length of fixed steps")
+    steps.add_argument("--rtol", metavar="X", type=positive, help="tolerance of adaptive steps")
+    steps.add_argument("--step-size", metavar="H", type=positive, help="length of fixed steps")
     steps.add_argument(
-        "--nfe", metavar="N", type=_count, help="evaluations that fixed steps may take"
+        "--nfe", metavar="N", type=count, help="evaluations that fixed steps may take"
     )
     solver.add_argument(
         "--gradient", choices=("checkpoint", "backprop", "adjoint", "reversible"),
         help="how the solution is differentiated",
     )  # fmt: skip
     solver.add_argument(
-        "--energy", metavar="X", type=_positive, help="weight of the kinetic energy in the loss (0)"
+        "--energy", metavar="X", type=positive, help="weight of the kinetic energy in the loss (0)"
     )
 
 
 def _training_arguments(training: Any) -> None:
-    from cnf.cli.parser import _count, _device_argument, _positive, _seed
-
     training.add_argument(
         "--preset", choices=tuple(PRESETS), default="quick", help="what the others start from"
     )
     budget = training.add_mutually_exclusive_group()
-    budget.add_argument("--epochs", metavar="N", type=_count, help="times through the images")
-    budget.add_argument("--steps", metavar="N", type=_count, help="steps, instead of epochs")
-    training.add_argument("--batch-size", metavar="N", type=_count, help="images of a step")
-    training.add_argument("--lr", metavar="X", type=_positive, help="the largest learning rate")
+    budget.add_argument("--epochs", metavar="N", type=count, help="times through the images")
+    budget.add_argument("--steps", metavar="N", type=count, help="steps, instead of epochs")
+    training.add_argument("--batch-size", metavar="N", type=count, help="images of a step")
+    training.add_argument("--lr", metavar="X", type=positive, help="the largest learning rate")
     training.add_argument("--optimizer", choices=("adam", "sgd"))
-    training.add_argument("--weight-decay", metavar="X", type=_share, help="of kernels")
+    training.add_argument("--weight-decay", metavar="X", type=share, help="of kernels")
     training.add_argument(
-        "--drops", metavar="A,B", type=_shares,
+        "--drops", metavar="A,B", type=shares,
         help="shares of the steps at which the learning rate falls to a tenth, none for one cycle",
     )  # fmt: skip
-    training.add_argument("--smoothing", metavar="X", type=_share, help="of the labels")
+    training.add_argument("--smoothing", metavar="X", type=share, help="of the labels")
     training.add_argument(
-        "--shift", metavar="N", type=_seed, help="pixels that images are moved by at random"
+        "--shift", metavar="N", type=seed, help="pixels that images are moved by at random"
     )
     training.add_argument(
         "--memory",
         metavar="X",
-        type=_positive,
+        type=positive,
         help="of the averaged weights, as a share",
     )
-    training.add_argument("--seed", metavar="K", type=_seed, help="of weights and batches (0)")
-    training.add_argument("--threads", metavar="N", type=_count, help="of torch on the CPU")
+    training.add_argument("--seed", metavar="K", type=seed, help="of weights and batches (0)")
+    training.add_argument("--threads", metavar="N", type=count, help="of torch on the CPU")
     training.add_argument(
-        "--save-every", metavar="S", type=_positive, default=60.0,
+        "--save-every", metavar="S", type=positive, default=60.0,
         help="seconds between snapshots (60)",
     )  # fmt: skip
-    _device_argument(training)
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to below 1")
-    return value
-
-
-def _shares(text: str) -> tuple[float, ...]:
-    return () if text == "none" else tuple(_share(part.strip()) for part in text.split(","))
+    device_argument(training)

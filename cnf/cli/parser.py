@@ -6,10 +6,21 @@ What a verb does with its arguments stands in the file of its name.
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
 
+from cnf.cli.argument import (
+    Parser,
+    band,
+    count,
+    device_argument,
+    names,
+    numbers,
+    page,
+    positive,
+    seed,
+    weight,
+    widths,
+)
 from cnf.cli.mnist_parser import (
     EXPORT_EXAMPLES,
     EXPORT_PAGE,
@@ -21,7 +32,6 @@ from cnf.cli.mnist_parser import (
     add_mnist_arguments,
     add_reproduce_arguments,
 )
-from cnf.error import InputError
 
 PAGE = """\
 cnf learns a density from data by a continuous normalizing flow: an ODE that carries
@@ -170,33 +180,21 @@ examples:
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises InputError where argparse would print its usage and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
-
-
 def parse(argv: Sequence[str] | None, version: str) -> argparse.Namespace:
     """The arguments; `verb` among them names the file that runs them.
 
     Raises InputError for wrong use, SystemExit once --help or --version is answered.
     """
-    parser = _page(Parser, prog="cnf", description=PAGE, epilog=CODES, usage="cnf VERB ...")
+    parser = page(Parser, prog="cnf", description=PAGE, epilog=CODES, usage="cnf VERB ...")
     parser.add_argument("--version", action="version", version=f"cnf {version}")
     verbs = parser.add_subparsers(prog="cnf", dest="verb", metavar="VERB", help=argparse.SUPPRESS)
-    for name, page, examples, add_arguments in VERBS:
-        verb = _page(verbs.add_parser, name, description=page, epilog=examples)
+    for name, text, examples, add_arguments in VERBS:
+        verb = page(verbs.add_parser, name, description=text, epilog=examples)
         add_arguments(verb)
     arguments = parser.parse_args(argv)
     if arguments.verb is None:
         parser.error(f"name a verb: {', '.join(name for name, *_ in VERBS)}")
     return arguments
-
-
-def _page(make: Callable[..., Any], *names: str, **texts: str) -> Any:
-    wide = argparse.RawDescriptionHelpFormatter
-    return make(*names, formatter_class=wide, allow_abbrev=False, **texts)
 
 
 def _fit_arguments(verb: Parser) -> None:
@@ -211,12 +209,12 @@ def _fit_arguments(verb: Parser) -> None:
 
     data = verb.add_argument_group("data")
     data.add_argument(
-        "--columns", metavar="A,B", type=_names, help="columns of the file, by name or index"
+        "--columns", metavar="A,B", type=names, help="columns of the file, by name or index"
     )
     data.add_argument(
         "--context",
         metavar="C,D",
-        type=_names,
+        type=names,
         help="columns of the file that the density is to be conditional on",
     )
     data.add_argument(
@@ -225,26 +223,26 @@ def _fit_arguments(verb: Parser) -> None:
         help="add uniform noise to the file's columns of repeated or whole numbers",
     )
     data.add_argument(
-        "--rows", metavar="N", type=_count, help="points of a toy set to train on (500000)"
+        "--rows", metavar="N", type=count, help="points of a toy set to train on (500000)"
     )
 
     training = verb.add_argument_group("training")
     budget = training.add_mutually_exclusive_group()
-    budget.add_argument("--seconds", metavar="S", type=_positive, help="time to train (50)")
-    budget.add_argument("--steps", metavar="N", type=_count, help="steps to train, instead of time")
+    budget.add_argument("--seconds", metavar="S", type=positive, help="time to train (50)")
+    budget.add_argument("--steps", metavar="N", type=count, help="steps to train, instead of time")
     training.add_argument(
-        "--seed", metavar="K", type=_seed, default=0, help="of data, weights and batches (0)"
+        "--seed", metavar="K", type=seed, default=0, help="of data, weights and batches (0)"
     )
     training.add_argument(
         "--hidden",
         metavar="128,128",
-        type=_widths,
+        type=widths,
         help="widths of the field's hidden layers (default: chosen on the data)",
     )
     training.add_argument(
         "--bandwidth",
         metavar="LOW,HIGH",
-        type=_band,
+        type=band,
         default="auto",
         help="frequencies of the first layer's sines, none, or auto: chosen on the data (auto)",
     )
@@ -261,28 +259,28 @@ def _fit_arguments(verb: Parser) -> None:
         help="of noise and data in flow matching; ot: the shortest paths of a group",
     )
     training.add_argument(
-        "--kinetic", metavar="X", type=_weight, default=0.0, help="weight of the paths' energy (0)"
+        "--kinetic", metavar="X", type=weight, default=0.0, help="weight of the paths' energy (0)"
     )
     training.add_argument(
-        "--jacobian", metavar="X", type=_weight, default=0.0, help="of the field's Jacobian (0)"
+        "--jacobian", metavar="X", type=weight, default=0.0, help="of the field's Jacobian (0)"
     )
     training.add_argument(
-        "--steer", metavar="X", type=_weight, default=0.0, help="spread of random end times (0)"
+        "--steer", metavar="X", type=weight, default=0.0, help="spread of random end times (0)"
     )
-    training.add_argument("--batch-size", metavar="N", type=_count, help="rows of a step")
-    training.add_argument("--lr", metavar="X", type=_positive, help="the largest learning rate")
-    _device_argument(training)
+    training.add_argument("--batch-size", metavar="N", type=count, help="rows of a step")
+    training.add_argument("--lr", metavar="X", type=positive, help="the largest learning rate")
+    device_argument(training)
 
 
 def _sample_arguments(verb: Parser) -> None:
     verb.add_argument("run_folder", metavar="RUN", help="a run folder that `cnf fit` wrote")
-    verb.add_argument("-n", metavar="N", type=_count, required=True, help="how many samples")
-    verb.add_argument("--seed", metavar="K", type=_seed, help="the same samples every time")
+    verb.add_argument("-n", metavar="N", type=count, required=True, help="how many samples")
+    verb.add_argument("--seed", metavar="K", type=seed, help="the same samples every time")
     verb.add_argument(
-        "--context", metavar="X,Y", type=_numbers, help="values of the context, in its order"
+        "--context", metavar="X,Y", type=numbers, help="values of the context, in its order"
     )
     verb.add_argument(
-        "--nfe", metavar="N", type=_count, help="at most so many evaluations of the field"
+        "--nfe", metavar="N", type=count, help="at most so many evaluations of the field"
     )
     _output_arguments(verb)
 
@@ -291,7 +289,7 @@ def _logprob_arguments(verb: Parser) -> None:
     verb.add_argument("run_folder", metavar="RUN", help="a run folder that `cnf fit` wrote")
     verb.add_argument("file", metavar="FILE", help="a table: .csv, .npy or .npz")
     verb.add_argument(
-        "--columns", metavar="A,B", type=_names, help="columns of FILE, by name or index"
+        "--columns", metavar="A,B", type=names, help="columns of FILE, by name or index"
     )
     _output_arguments(verb)
 
@@ -299,7 +297,7 @@ def _logprob_arguments(verb: Parser) -> None:
 def _check_arguments(verb: Parser) -> None:
     _rows_arguments(verb)
     verb.add_argument("--json", action="store_true", help="print one JSON object")
-    _device_argument(verb)
+    device_argument(verb)
 
 
 def _plot_arguments(verb: Parser) -> None:
@@ -309,16 +307,16 @@ def _plot_arguments(verb: Parser) -> None:
         "-o", metavar="FILE", dest="output", help="where to write (default: RUN/WHAT.png; .gif)"
     )
     verb.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
-    verb.add_argument("--seed", metavar="K", type=_seed, default=0, help="of the samples (0)")
+    verb.add_argument("--seed", metavar="K", type=seed, default=0, help="of the samples (0)")
     verb.add_argument("--json", action="store_true", help="print one JSON object")
-    _device_argument(verb)
+    device_argument(verb)
 
 
 def _rows_arguments(verb: Parser) -> None:
     verb.add_argument("run_folder", metavar="RUN", help="a run folder that `cnf fit` wrote")
     verb.add_argument("file", metavar="FILE", nargs="?", help="a table: .csv, .npy or .npz")
     verb.add_argument(
-        "--columns", metavar="A,B", type=_names, help="columns of FILE, by name or index"
+        "--columns", metavar="A,B", type=names, help="columns of FILE, by name or index"
     )
 
 
@@ -328,11 +326,7 @@ def _output_arguments(verb: Parser) -> None:
     )
     verb.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
     verb.add_argument("--json", action="store_true", help="print one JSON object")
-    _device_argument(verb)
-
-
-def _device_argument(verb: Any) -> None:
-    verb.add_argument("--device", metavar="NAME", default="cpu", help="cpu, cuda, mps (cpu)")
+    device_argument(verb)
 
 
 VERBS = (
@@ -345,65 +339,3 @@ VERBS = (
     ("export", EXPORT_PAGE, EXPORT_EXAMPLES, add_export_arguments),
     ("reproduce", REPRODUCE_PAGE, REPRODUCE_EXAMPLES, add_reproduce_arguments),
 )
-
-
-# --- values ---------------------------------------------------------------------------------------
-
-
-def _count(text: str) -> int:
-    return _whole(text, 1, "a whole number above 0")
-
-
-def _seed(text: str) -> int:
-    return _whole(text, 0, "a whole number from 0 to 2^63 - 1")
-
-
-def _whole(text: str, least: int, kind: str) -> int:
-    value = int(text) if text.isdecimal() and len(text) < 20 else -1
-    if not least <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {kind}")
-    return value
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
-
-
-def _weight(text: str) -> float:
-    return 0.0 if text.strip("0.") == "" and "0" in text else _positive(text)
-
-
-def _band(text: str) -> tuple[float, ...] | str | None:
-    if text in ("none", "auto"):
-        return None if text == "none" else text
-    ends = tuple(_positive(end.strip()) for end in text.split(","))
-    if len(ends) != 2 or ends[0] > ends[1]:
-        raise argparse.ArgumentTypeError(f"{text!r} is not LOW,HIGH such as 0.5,6, nor none")
-    return ends
-
-
-def _widths(text: str) -> tuple[int, ...]:
-    return tuple(_count(width.strip()) for width in text.split(","))
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        values = [float(value) for value in text.split(",")]
-    except ValueError:
-        values = [math.nan]
-    if not all(map(math.isfinite, values)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0.5,2")
-    return values
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if "" in names:
-        raise argparse.ArgumentTypeError(f"{text!r} leaves a name empty")
-    return names

@@ -1,0 +1,104 @@
+"""What the arguments of all verbs are made of: a page, values read from text, the device."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from cnf.error import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises InputError where argparse would print its usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def page(make: Callable[..., Any], *names: str, **texts: str) -> Any:
+    """A parser made by `make`, whose texts keep their lines."""
+    wide = argparse.RawDescriptionHelpFormatter
+    return make(*names, formatter_class=wide, allow_abbrev=False, **texts)
+
+
+def device_argument(verb: Any) -> None:
+    """Add --device."""
+    verb.add_argument("--device", metavar="NAME", default="cpu", help="cpu, cuda, mps (cpu)")
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def count(text: str) -> int:
+    return _whole(text, 1, "a whole number above 0")
+
+
+def seed(text: str) -> int:
+    return _whole(text, 0, "a whole number from 0 to 2^63 - 1")
+
+
+def _whole(text: str, least: int, kind: str) -> int:
+    value = int(text) if text.isdecimal() and len(text) < 20 else -1
+    if not least <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {kind}")
+    return value
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def weight(text: str) -> float:
+    return 0.0 if text.strip("0.") == "" and "0" in text else positive(text)
+
+
+def band(text: str) -> tuple[float, ...] | str | None:
+    if text in ("none", "auto"):
+        return None if text == "none" else text
+    ends = tuple(positive(end.strip()) for end in text.split(","))
+    if len(ends) != 2 or ends[0] > ends[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LOW,HIGH such as 0.5,6, nor none")
+    return ends
+
+
+def widths(text: str) -> tuple[int, ...]:
+    return tuple(count(width.strip()) for width in text.split(","))
+
+
+def numbers(text: str) -> list[float]:
+    try:
+        values = [float(value) for value in text.split(",")]
+    except ValueError:
+        values = [math.nan]
+    if not all(map(math.isfinite, values)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0.5,2")
+    return values
+
+
+def names(text: str) -> list[str]:
+    found = [name.strip() for name in text.split(",")]
+    if "" in found:
+        raise argparse.ArgumentTypeError(f"{text!r} leaves a name empty")
+    return found
+
+
+def share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to below 1")
+    return value
+
+
+def shares(text: str) -> tuple[float, ...]:
+    return () if text == "none" else tuple(share(part.strip()) for part in text.split(","))
