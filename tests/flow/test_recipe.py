@@ -610,6 +610,7 @@ def test_a_field_with_times_by_row_is_warmed_up_by_flow_matching(dim):
     records = records_of(Flow(dim, field=Timed(dim)), torch.randn(60, dim), steps=10)
     assert {record.phase for record in records} == {"fm", "ml"}
 
+
 # laws -----------------------------------------------------------------------------------------
 
 
@@ -617,7 +618,7 @@ def test_a_law_is_drawn_from_anew_for_every_batch():
     drawn = []
 
     class Noted(Independent):
-        def sample(self, sample_shape=torch.Size()):
+        def sample(self, sample_shape=()):
             drawn.append(super().sample(sample_shape))
             return drawn[-1]
 
