@@ -211,25 +211,26 @@ def test_an_error_is_kept_by_awkward_flows(name, error):
 
 
 def test_probes_are_added_until_the_trace_is_known_well_enough():
-    flow = Flow(60, field=Rotating(60, 0.02), divergence=cnf.Hutchinson())
-    x = torch.randn(10, 60)
+    flow = Flow(200, field=Rotating(200, 0.01), divergence=cnf.Hutchinson())
+    x = torch.randn(10, 200)
     with torch.no_grad():
         known = exact(flow).log_prob(x.double())
-        rough = flow.log_prob(x)
-        found, info = flow.log_prob(x, error=1.5, return_info=True)
-        assert (rough - known).abs().max() > 1.5 and info.trace_error.min() > 0
-        assert (found - known).abs().max() <= 1.5
-        assert (flow.log_prob(x, error=1e-3) - known).abs().max() <= 1e-3
+        _, rough = flow.log_prob(x, return_info=True)
+        found, info = flow.log_prob(x, error=4.0, return_info=True)
+        assert 0 < info.trace_error.min() and info.trace_error.max() <= 1.0
+        assert rough.trace_error.min() > 1.0
+        assert (found - known).abs().max() <= 4.0
+        assert (flow.log_prob(x, error=1e-2) - known).abs().max() <= 1e-2
 
 
 @pytest.mark.parametrize("law", ["rademacher", "gaussian", "hadamard", "orthogonal"])
 def test_an_error_is_kept_whatever_the_noise(law):
-    flow, x = Flow(60, field=Rotating(60, 0.02)), torch.randn(4, 60)
+    flow, x = Flow(200, field=Rotating(200, 0.01)), torch.randn(4, 200)
     with torch.no_grad():
         known = exact(flow).log_prob(x.double())
-        for seed in range(12):
+        for seed in range(6):
             flow.divergence = cnf.Hutchinson(law=law, seed=seed)
-            assert (flow.log_prob(x, error=1.5) - known).abs().max() <= 1.5
+            assert (flow.log_prob(x, error=4.0) - known).abs().max() <= 4.0
 
 
 def test_where_an_estimate_would_cost_as_much_the_trace_is_exact():
