@@ -45,7 +45,7 @@ class Effort:
     batch: int
 
 
-FULL = Effort(20_000, 2_000, 512)
+FULL = Effort(10_000, 1_000, 512)
 QUICK = Effort(1_500, 250, 128)
 
 

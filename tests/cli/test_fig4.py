@@ -10,6 +10,7 @@ from matplotlib.image import imread
 
 from cnf.cli import fig4, fig5
 from cnf.data.energy import Energy
+from cnf.flow import recipe
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +20,8 @@ def _small(monkeypatch) -> None:
     monkeypatch.setattr(fig4, "SIZES", (2, 3))
     monkeypatch.setattr(fig4, "CELLS", 10)
     monkeypatch.setattr(Energy, "log_integral", lambda energy: 1.0)
+    for name, size in (("BATCH", 32), ("WHITENING_ROWS", 500), ("VALIDATION_ROWS", 50)):
+        monkeypatch.setattr(recipe, name, size)
     for name, size in (("QUICK_STEPS", 20), ("HELD_OUT", 50), ("DRAWS", 60), ("CELLS", 8)):
         monkeypatch.setattr(fig5, name, size)
 
