@@ -48,13 +48,10 @@ class Fittable(Trainable, Protocol):
     """What fitting needs of a flow, which is an nn.Module besides."""
 
     dim: int
-    context: int
     support: Support
     whitens: bool
     has_own_field: bool
 
-    @property
-    def has_own_base(self) -> bool: ...
     @property
     def dtype(self) -> torch.dtype: ...
     @property
