@@ -189,6 +189,21 @@ def test_every_gradient_method_finds_the_same_gradient(divergence):
             assert torch.allclose(part, expected, atol=1e-3, rtol=1e-2) and expected.any()
 
 
+def test_backward_given_a_context_goes_by_the_formula_alone(monkeypatch):
+    flow, graphs = exact(), []
+    original = cnf.nets.BilinearMLP.with_divergence
+
+    def noted(self, *arguments):
+        graphs.append(torch.is_grad_enabled())
+        return original(self, *arguments)
+
+    monkeypatch.setattr(cnf.nets.BilinearMLP, "with_divergence", noted)
+    loss = cnf.MaximumLikelihood(flow)(torch.randn(5, 2), torch.randn(5, 3))
+    loss.backward()
+    assert graphs and not any(graphs)
+    assert all(p.grad is not None for p in flow.parameters())
+
+
 def test_the_context_matters_and_its_rows_stay_apart():
     flow = exact()
     x, context = torch.randn(5, 2, dtype=F64), torch.randn(5, 3, dtype=F64)
