@@ -52,7 +52,7 @@ FRESH = 5_000
 BUDGETS = (1.5, 3.0, 6.0, 12.0, 24.0, 48.0, 96.0)  # seconds of our fits, and the cap after them
 FIRST_LOOK, LOOK_GROWTH = 1.0, 1.25
 GRACE = 60.0  # seconds beyond the cap that one step of a rival may take
-RATES, BATCHES = (1e-3, 3e-3, 1e-2), (256, 1024)
+RATES, BATCHES = (1e-3, 3e-3, 1e-2, 3e-2), (64, 256, 1024)
 TUNED_ON, TUNING_SEED = "8gaussians", 1000
 RESULTS, TUNING = "results.jsonl", "tuning.jsonl"
 
