@@ -8,7 +8,9 @@ as many steps.  Then, at the flow's own tolerance for evaluation (dopri5, rtol a
 nats of the log-determinant a step): the paired gap to the true density on 10,000 fresh points,
 with its standard error; evaluations of log_prob and of sampling on 1,000 points, with steps that
 all rows share and, in the mean, with steps of each row's own, as `log_prob` and `sample` take them;
-and the kinetic energy of the paths.  Neither depends on how busy the machine is.
+and the kinetic energy of the paths.  None of them depends on how busy the machine is.  A "smooth
+field" has no sines and one wave of time; "mild" is a kinetic weight of 0.05 and a Jacobian's of
+0.005, "strong" four times as much.
 
 A run can be stopped and started again: each (set, way, seed) is a line of results.jsonl in --out.
 """
@@ -19,7 +21,7 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timing import machine
@@ -46,31 +48,44 @@ def likely(share: float = LIKELIHOOD_SHARE, lr: float = 1e-3, **weights: float) 
     return {"method": "ml", "share": share, "lr": lr, "batch_size": 512, "regularizer": regularizer}
 
 
-WAYS: dict[str, tuple[Stage, ...]] = {
-    "ML": (likely(1.0, 2e-3),),
-    "ML, kinetic 0.05": (likely(1.0, 2e-3, kinetic=0.05),),
-    "ML, kinetic 0.05, Jacobian 0.005": (likely(1.0, 2e-3, kinetic=0.05, jacobian=0.005),),
-    "FM": (matched(share=1.0),),
-    "FM, OT": (matched(share=1.0, coupling="ot"),),
-    "FM, then ML": (matched(), likely()),
-    "FM with OT, then ML": (matched(coupling="ot"), likely()),
-    "FM with OT, then ML, kinetic 0.05": (matched(coupling="ot"), likely(kinetic=0.05)),
-    "FM with OT, then ML, kinetic 0.05, Jacobian 0.005": (
-        matched(coupling="ot"),
-        likely(kinetic=0.05, jacobian=0.005),
+class Way(NamedTuple):
+    """The stages of a training; the bandwidth of the field's sines, (low, high) or None for none;
+    and the waves of time that shifts and gates are made of.
+    """
+
+    stages: tuple[Stage, ...]
+    bandwidth: tuple[float, float] | None = (0.5, 6.0)
+    waves: int = 4
+
+
+MILD, STRONG = {"kinetic": 0.05, "jacobian": 0.005}, {"kinetic": 0.2, "jacobian": 0.02}
+WAYS: dict[str, Way] = {
+    "ML": Way((likely(1.0, 2e-3),)),
+    "ML, kinetic": Way((likely(1.0, 2e-3, kinetic=0.05),)),
+    "ML, mild": Way((likely(1.0, 2e-3, **MILD),)),
+    "FM": Way((matched(share=1.0),)),
+    "FM with OT": Way((matched(share=1.0, coupling="ot"),)),
+    "FM, then ML": Way((matched(), likely())),
+    "FM with OT, then ML": Way((matched(coupling="ot"), likely())),
+    "FM with OT, then ML, mild": Way((matched(coupling="ot"), likely(**MILD))),
+    "FM with OT, then ML, strong": Way((matched(coupling="ot"), likely(**STRONG))),
+    "smooth field, FM, then ML": Way((matched(), likely()), None, 1),
+    "smooth field, FM with OT, then ML, mild": Way(
+        (matched(coupling="ot"), likely(**MILD)), None, 1
     ),
-    "FM with OT, then ML, kinetic 0.2, Jacobian 0.02": (
-        matched(coupling="ot"),
-        likely(kinetic=0.2, jacobian=0.02),
+    "smooth field, FM with OT, then ML, strong": Way(
+        (matched(coupling="ot"), likely(**STRONG)), None, 1
     ),
 }
 
 
 def fitted(law: Toy, way: str, arguments: argparse.Namespace, seed: int) -> cnf.Flow:
     """The flow, after all stages of the way."""
-    bandwidth = None if arguments.bandwidth is None else tuple(arguments.bandwidth)
-    flow = cnf.Flow(2, hidden=arguments.hidden, bandwidth=bandwidth, seed=seed)
-    for stage in WAYS[way]:
+    stages, bandwidth, waves = WAYS[way]
+    with seeded(seed, torch.device("cpu")):
+        field = cnf.nets.BilinearMLP(2, arguments.hidden, bandwidth=bandwidth, frequencies=waves)
+    flow = cnf.Flow(2, field=field)
+    for stage in stages:
         settings = {name: value for name, value in stage.items() if name != "share"}
         steps = max(1, round(stage["share"] * arguments.steps))
         flow.fit(law, steps=steps, seed=seed, progress=False, **settings)
@@ -141,7 +156,6 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--hidden", nargs="+", type=int, default=[64, 64])
-    parser.add_argument("--bandwidth", nargs=2, type=float, default=None, help="none by default")
     parser.add_argument("--table", action="store_true", help="print what was measured")
     arguments = parser.parse_args()
     path = Path(arguments.out) / RESULTS
