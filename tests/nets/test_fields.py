@@ -209,7 +209,7 @@ def test_a_row_alone_shuffled_and_in_a_batch_of_a_thousand_has_one_density(name)
 
 @EACH_FIELD
 def test_kinetic_energy_and_jacobians_norm_are_their_integrals_by_direct_quadrature(name):
-    field, x, points = made(name, 2), torch.randn(3, 2, dtype=F64), 201
+    field, x, points = made(name, 2), torch.randn(3, 2, dtype=F64), 601
     both = Regularizer(kinetic=1.0, jacobian=1.0)
     tight = Solver(control=Adaptive(1e-9, 1e-9, quadrature_atol=1e-8))
     moved = move_with_logdet(field, Regularized(Tangents(), both), x, (1.0, 0.0), tight)
@@ -223,7 +223,7 @@ def test_kinetic_energy_and_jacobians_norm_are_their_integrals_by_direct_quadrat
     simpson[2:-1:2] *= 2
     for found, rate in zip(both.measured(moved.along, -1.0).values(), rates, strict=True):
         expected = (simpson @ rate.detach().reshape(points, -1)).mean()
-        assert torch.allclose(found, expected, rtol=1e-5)
+        assert torch.allclose(found, expected, rtol=1e-4)
 
 
 @EACH_FIELD
