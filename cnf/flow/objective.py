@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from cnf.error import InputError
+from cnf.flow.batch import Kind, as_batch
 from cnf.flow.conditioned import Conditioned
 from cnf.flow.continuous import Moved, Solver
 from cnf.flow.coupling import Coupling, choose_coupling
@@ -24,7 +26,12 @@ class Trainable(Protocol):
 
     field: nn.Module
     solver: Solver
+    context: int
 
+    @property
+    def kind(self) -> Kind: ...
+    @property
+    def has_own_base(self) -> bool: ...
     def chosen_divergence(self) -> Divergence: ...
     def white(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
     def conditioned(
@@ -82,7 +89,8 @@ class MaximumLikelihood(nn.Module):
         self.nfe: int | None = None
         self.terms: dict[str, Tensor] = {}
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Any, context: Any = None) -> Tensor:
+        x, context = _taken(self.flow, x, context)
         conditioned = self.flow.conditioned(context, training=True)
         added = self.regularizer
         divergence = added.around(fresh(self.flow.chosen_divergence()))
@@ -106,7 +114,7 @@ class FlowMatching(nn.Module):
     coupling: which z₀ meets which z₁.  "independent" is as they come; "ot", or OptimalTransport,
     gives each z₁ of a group the noise that makes the paths of the group shortest.  The wanted
     velocity is then z₁ − z₀ itself, paths are straighter and cross less, and a solve costs less.
-    It trains a flow with a standard normal base.
+    It trains a flow with a standard normal base; raises InputError for any other.
     Source: Lipman et al. 2023, section 4.1; Liu et al. 2023; weights: Xu et al. 2023, section 3;
     couplings: Pooladian et al. 2023, Tong et al. 2024.
     """
@@ -119,7 +127,13 @@ class FlowMatching(nn.Module):
         self.neighbours = neighbours
         self.coupling = choose_coupling(coupling)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Any, context: Any = None) -> Tensor:
+        if self.flow.has_own_base:
+            raise InputError(
+                "flow matching is for flows that start at the standard normal, and this one has a "
+                "base of its own; train it with MaximumLikelihood"
+            )
+        x, context = _taken(self.flow, x, context)
         field, rows, told = self.flow.conditioned(context, training=True)
         end = self.flow.white(x)[0]
         start = torch.randn_like(end)
@@ -145,6 +159,15 @@ class FlowMatching(nn.Module):
         if whole < len(end):
             parts.append(expected_velocity(*(x[whole:] for x in given)))
         return torch.cat(parts)
+
+
+def _taken(flow: Trainable, x: Any, context: Any) -> tuple[Tensor, Tensor | None]:
+    """Rows (batch, dim) and contexts (batch, columns) or None, as the flow takes them.
+
+    Raises InputError for a wrong width, values that are not finite, or a context that is missing.
+    """
+    batch = as_batch(x, flow.kind, context, flow.context)
+    return next(batch.chunks(max(1, len(batch.x))))
 
 
 def expected_velocity(at: Tensor, end: Tensor, t: Tensor, told: Tensor | None = None) -> Tensor:
