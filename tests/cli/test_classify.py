@@ -16,7 +16,7 @@ import torch
 from matplotlib.image import imread
 
 import cnf
-from cnf.cli import classify, folder, main
+from cnf.cli import classify, folder, main, training
 from cnf.cli.classifier import read_classifier
 from cnf.cli.folder import RunFolder
 from cnf.odenet.classification import judge
@@ -206,7 +206,7 @@ def test_what_came_after_the_last_snapshot_is_done_again(
     with monkeypatch.context() as patch:
         at_step(patch, 8, kill)
         kept = iter([False, False, True, False, False, True, False])  # after steps 3 and 6
-        patch.setattr(classify.Interval, "is_over", lambda self: next(kept))
+        patch.setattr(training.Interval, "is_over", lambda self: next(kept))
         with pytest.raises(Killed):
             cnf_command(*TINY)
     assert len(losses(RUN)) == 8
