@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cnf.flow.objective import FlowMatching, Trainable
 from cnf.training.loop import Batches, Best, Plan, Progress, put, train
+from cnf.training.ranks import current
 
 Bandwidth = tuple[float, float] | None
 BANDWIDTHS: tuple[Bandwidth, ...] = ((0.5, 6.0), (1.0, 12.0), (0.2, 2.0), None)
@@ -84,7 +85,8 @@ def choose_field(
         for record in trial.run(batches, score, plan):
             yield replace(record, seconds=elapsed + record.seconds)
         elapsed += record.seconds if record is not None else 0.0
-        best = trial if best is None or trial.beats(best) else best
+        if best is None or any(current().agreed(trial.beats(best))):
+            best = trial
 
     first = flow.shape
     try:

@@ -28,6 +28,7 @@ from cnf.flow.regularizer import Regularizer
 from cnf.flow.transform import Support
 from cnf.training.batches import Shuffled
 from cnf.training.loop import Batches, Best, Plan, Progress, put, train
+from cnf.training.ranks import current
 from cnf.training.seed import seeded
 
 SECONDS = 50.0  # the default budget
@@ -108,10 +109,11 @@ def fit_flow(
     batch_size = BATCH if batch_size is None else whole_number("batch_size", batch_size, 1)
     if not any(p.requires_grad for p in flow.parameters()):
         raise InputError("the flow has no parameters to fit; make its field a torch.nn.Module")
-    with seeded(seed, flow.device):
+    with seeded(current().seed(seed), flow.device):
         split = split_rows(x, flow, validation, context)
         if flow.whitens and not flow.whitening.is_fitted:
             flow.whiten(*in_parts(_sample_of(split.training, flow), flow))
+        current().give(flow)
         batches = split.batches(batch_size, flow)
         records = _run(flow, plans, objectives, batches, split.validation)
         try:
@@ -149,7 +151,8 @@ def _run(
             elapsed = record.seconds
     parameters = [p for p in flow.parameters() if p.requires_grad]
     best = Best()
-    best.offer(score(), [p.detach() for p in parameters])  # a fit never ends worse than it began
+    (first,) = current().agreed(score())
+    best.offer(first, [p.detach() for p in parameters])  # a fit never ends worse than it began
     try:
         for i, plan in enumerate(plans):
             later = sum(after.seconds or 0.0 for after in plans[i + 1 :])
@@ -341,10 +344,12 @@ class _Drawn:
     """Batches of rows of a memory map, drawn at random: an order of all would not fit in memory."""
 
     def __init__(self, rows: np.ndarray, size: int, flow: Fittable) -> None:
-        self._rows, self._size, self._flow = rows, size, flow
+        self._rows, self._flow, self._ranks = rows, flow, current()
+        self._size = self._ranks.batch_size(size)
 
     def __call__(self) -> Tensor:
         chosen = torch.randint(len(self._rows), (self._size,)).sort().values
+        chosen = chosen[self._ranks.share(self._size)]
         flow = self._flow
         block = self._rows[chosen.numpy()]
         return as_rows(block, flow.dim, dtype=flow.dtype, device=flow.device)
@@ -358,7 +363,10 @@ def _sample_of(rows: Tensor | np.ndarray, flow: Fittable) -> Tensor:
 
 
 class _Score:
-    """Mean negative log-likelihood of the validation rows, in nats; infinite where it fails."""
+    """Mean negative log-likelihood of the validation rows, in nats; infinite where it fails.
+
+    Of ranks that train together each evaluates its share of the rows.
+    """
 
     def __init__(self, flow: Any, rows: Tensor) -> None:
         # from end to end: they may be sorted
@@ -369,25 +377,32 @@ class _Score:
         self.log_prob = torch.full((count,), -math.inf)  # of the rows, when they were last scored
         self.objective: nn.Module | None = None
 
-    @torch.no_grad()
     def __call__(self) -> float:
-        flow = self._flow
-        rows, *context = in_parts(self._rows.to(flow.device, flow.dtype), flow)
+        ranks, total = current(), len(self._rows)
+        own = self._evaluated(self._rows[ranks.share(total)])
+        self.log_prob = ranks.whole(own, total)
+        return -self.log_prob.mean().item()
+
+    @torch.no_grad()
+    def _evaluated(self, rows: Tensor) -> Tensor:
+        """Log-densities of the rows, −∞ where the solve fails, in float64 on the CPU."""
+        flow, lost = self._flow, torch.full((len(rows),), -math.inf, dtype=torch.float64)
+        if not len(rows):
+            return lost
+        x, *context = in_parts(rows.to(flow.device, flow.dtype), flow)
         solver = replace(flow.solver, max_steps=self._most)
         try:
             conditioned = flow.conditioned(*context)
             divergence = flow.chosen_divergence()
-            log_prob, stats = flow.log_prob_of_rows(rows, divergence, solver, conditioned)
+            log_prob, stats = flow.log_prob_of_rows(x, divergence, solver, conditioned)
         except IntegrationError:
-            self.log_prob = torch.full((len(rows),), -math.inf)
-            return math.inf
-        self.log_prob = log_prob.double().cpu()
+            return lost
         # weights that need so many more steps than the first ones are lost, and not worth the time
         wanted = max(LEAST_STEPS, 20 * stats.attempts)
         self._most = min(flow.solver.max_steps, wanted)
         if isinstance(self.objective, FlowMatching):
             self.objective.nfe = stats.calls
-        return -self.log_prob.mean().item()
+        return log_prob.double().cpu()
 
 
 def follow(
