@@ -38,17 +38,20 @@ from cnf.odenet.recipe import ImageTraining, build, images_of, split
 from cnf.odenet.settings import ODE_NETS, Settings, chosen
 from cnf.plot import classifier_figure, confusion_figure, save_figure
 from cnf.training.loop import Progress
+from cnf.training.ranks import here
 from cnf.training.seed import seeded
 
 
 def run(arguments: Namespace) -> None:
     """Train, select, judge and draw; the figures go to stdout and into the run folder."""
     figures = classified(arguments)
+    if not here().is_first:
+        return
     print(json_text(figures) if arguments.json else "\n".join(_lines(figures)))
 
 
 def classified(arguments: Namespace) -> dict[str, Any]:
-    """The figures of a run, which is in its folder when they come."""
+    """The figures of a run, which is in its folder when they come; none for ranks but the first."""
     start = time.perf_counter()
     device = usable_device(arguments.device)
     settings = _settings(arguments)
@@ -59,11 +62,15 @@ def classified(arguments: Namespace) -> dict[str, Any]:
     parts = split(data, settings.validation, settings.seed)
     with opened_folder(arguments, settings.name) as folder, seeded(settings.seed, device):
         net = build(settings, parts.shape, parts.classes).to(device)
-        training = ImageTraining(net, parts, settings)
-        verb, count = ("going on with" if arguments.resume else "training"), parameter_count(net)
-        tell(arguments, f"{verb} {settings.name}, {count:,} parameters, in {folder.path}")
-        history = begun(training, folder, config_of(settings, arguments), device, arguments)
-        train_on(training, folder, history, device, arguments, _told)
+        with here().together():
+            training = ImageTraining(net, parts, settings)
+            verb = "going on with" if arguments.resume else "training"
+            count = parameter_count(net)
+            tell(arguments, f"{verb} {settings.name}, {count:,} parameters, in {folder.path}")
+            history = begun(training, folder, config_of(settings, arguments), device, arguments)
+            train_on(training, folder, history, device, arguments, _told)
+        if not here().is_first:
+            return {}
         training.select()
         write_classifier(folder.path, net, settings, parts.shape, parts.classes)
         figures = _figures(training, history, settings, arguments)

@@ -13,7 +13,6 @@ from cnf.cli.device import usable_device
 from cnf.cli.folder import (
     CONFIG,
     FIGURES,
-    MODEL,
     RunFolder,
     claimed_folder,
     json_text,
@@ -25,6 +24,7 @@ from cnf.flow.flow import Flow
 from cnf.flow.regularizer import Regularizer
 from cnf.flow.report import held_out
 from cnf.training.loop import Progress
+from cnf.training.ranks import here
 
 
 def run(arguments: Namespace) -> None:
@@ -38,6 +38,8 @@ def run(arguments: Namespace) -> None:
     flow = _flow(source, arguments).to(device)
     with claimed_folder(_out(arguments, source), arguments.overwrite) as folder:
         history = _train(flow, source, arguments, folder)
+        if not here().is_first:
+            return
         _tell(arguments, "judging the density and drawing it")
         rows, context = source.parts(source.held_out)
         context = None if context is None else context[0]
@@ -107,22 +109,23 @@ def _train(flow: Flow, source: Source, arguments: Namespace, folder: RunFolder) 
     _tell(arguments, f"fitting {source.name}, {rows}, into {folder.path}")
     x, context = source.parts(source.train)
     try:
-        flow.fit(
-            x,
-            context=context,
-            validation=source.parts(source.validation) if source.context else source.validation,
-            callback=keep,
-            progress=not arguments.quiet,
-            **_settings(arguments),
-        )
+        with here().together():
+            flow.fit(
+                x,
+                context=context,
+                validation=source.parts(source.validation) if source.context else source.validation,
+                callback=keep,
+                progress=not arguments.quiet,
+                **_settings(arguments),
+            )
     except KeyboardInterrupt:
         if not history:
             raise
-        flow.save(folder.path / MODEL)
+        folder.save(flow)
         raise KeyboardInterrupt(f"the best weights so far are in {folder.path}") from None
     if not history:  # a budget too small for one step
         folder.begin(config)
-    flow.save(folder.path / MODEL)
+    folder.save(flow)
     folder.write_json(CONFIG, _config(flow, source, arguments))  # the field is chosen by now
     return history
 
@@ -143,6 +146,7 @@ def _config(flow: Flow, source: Source, arguments: Namespace) -> dict[str, Any]:
         "arguments": vars(arguments),
         "data": source.description,
         "flow": flow.config,
+        "ranks": here().world,
         "versions": versions(),
     }
 

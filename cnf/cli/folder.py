@@ -19,6 +19,7 @@ from cnf import __version__
 from cnf.error import InputError
 from cnf.flow.flow import Flow
 from cnf.replace import replacing
+from cnf.training.ranks import here
 
 MODEL, CONFIG, FIGURES, STEPS = "model.safetensors", "config.json", "metrics.json", "metrics.jsonl"
 DENSITY, SAMPLES, TRAINING = "density.png", "samples.png", "training.png"
@@ -81,9 +82,32 @@ class RunFolder:
         with replacing(self.path / name) as file:
             file.write(f"{json_text(value, indent=2)}\n".encode())
 
+    def save(self, flow: Flow) -> None:
+        """Write the model."""
+        flow.save(self.path / MODEL)
+
     def close(self) -> None:
         if self._steps is not None:
             self._steps.close()
+
+
+class OthersFolder(RunFolder):
+    """The first rank's folder as the others see it: they write nothing."""
+
+    def begin(self, config: Mapping[str, Any]) -> None:
+        pass
+
+    def go_on(self, step: int) -> list[dict[str, Any]]:
+        return []
+
+    def add_step(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        pass
+
+    def save(self, flow: Flow) -> None:
+        pass
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
@@ -107,8 +131,12 @@ def claimed_folder(out: str, overwrite: bool) -> Iterator[RunFolder]:
     """A folder of one's own: `out`, or out-2, out-3, … where that is taken.
 
     overwrite: take `out` even where it holds a run.  If the block ends before the run has begun,
-    what was made is removed again.  Raises InputError where no folder can be made.
+    what was made is removed again.  Of several ranks the first one claims it.
+    Raises InputError where no folder can be made.
     """
+    if not here().is_first:
+        yield OthersFolder(Path(out))
+        return
     made: list[Path] = []
     try:
         folder = RunFolder(_claim(_folder_path(out), overwrite, made))
@@ -138,7 +166,7 @@ def resumed_folder(out: str) -> Iterator[RunFolder]:
         done = (folder / FIGURES).is_file()
         why = "the run has finished" if done else "the run stopped before its first snapshot"
         raise InputError(f"there is no {folder / SNAPSHOT}, {why}; leave --resume out to begin one")
-    kept = RunFolder(folder)
+    kept = RunFolder(folder) if here().is_first else OthersFolder(folder)
     try:
         yield kept
     finally:

@@ -1,4 +1,4 @@
-"""A training in a run folder: begun or gone on with, shown, and put down when it is asked to stop."""
+"""A training in a run folder: begun or gone on with, shown, put down when it is asked to stop."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from cnf.cli.folder import (
 )
 from cnf.error import InputError
 from cnf.training.loop import Progress
+from cnf.training.ranks import current, here
 from cnf.training.snapshot import Interval, postponed_signals, read_snapshot, write_snapshot
 
 Told = Callable[[Progress], str]  # a record in words
@@ -82,6 +83,7 @@ def config_of(settings: Any, arguments: Namespace) -> dict[str, Any]:
         "arguments": vars(arguments),
         "settings": asdict(settings),
         "threads": torch.get_num_threads(),
+        "ranks": here().world,
         "versions": versions(),
     }
 
@@ -143,7 +145,7 @@ def train_on(
             folder.add_step(asdict(record))
             history.append(record)
             show(record)
-            stops = is_asked_to_stop()
+            stops = current().any(is_asked_to_stop())
             if stops or due.is_over() or training.is_done:
                 write_snapshot(path, training.state_dict(), device)
             if stops:

@@ -54,10 +54,11 @@ def shifted(images: Tensor, most: int) -> Tensor:
     """
     batch, channels, height, width = images.shape
     padded = torch.nn.functional.pad(images, (most,) * 4)
-    moves = row_noise(
-        batch, lambda rows: torch.randint(2 * most + 1, (2, rows, 1), device="cpu").movedim(1, 0)
-    )
-    down, right = moves.movedim(1, 0).to(images.device)
+
+    def moves(rows: int) -> Tensor:
+        return torch.randint(2 * most + 1, (2, rows, 1), device="cpu").transpose(0, 1)
+
+    down, right = row_noise(batch, moves).transpose(0, 1).to(images.device)
     rows = down + torch.arange(height, device=images.device)
     columns = right + torch.arange(width, device=images.device)
     row = torch.arange(batch, device=images.device).reshape(-1, 1, 1, 1)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cnf.error import InputError, TrainingError
+from cnf.error import InputError, IntegrationError, TrainingError
 
 SEEDS = 2**31
 
@@ -95,6 +95,10 @@ class Ranks:
         """The largest of every value over the ranks."""
         return self._reduced(values, dist.ReduceOp.MAX)
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on one of the ranks."""
+        return bool(self.agreed(flag)[0])
+
     def mean(self, *values: float) -> tuple[float, ...]:
         """The mean of every value over the ranks; not finite where one rank's is not."""
         return tuple(total / self.world for total in self._reduced(values, dist.ReduceOp.SUM))
@@ -108,6 +112,17 @@ class Ranks:
         with connected():
             dist.all_reduce(found, how)
         return tuple(found.tolist())
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """A block in which a solve that fails on one rank raises IntegrationError on all."""
+        failure: IntegrationError | None = None
+        try:
+            yield
+        except IntegrationError as error:
+            failure = error
+        if self.any(failure is not None):
+            raise failure or IntegrationError("a solve failed on another rank")
 
     def seed(self, seed: int | None) -> int | None:
         """The seed, or where there is none one that all ranks have in common."""

@@ -17,6 +17,7 @@ import torch
 
 from cnf.error import InputError
 from cnf.replace import replacing
+from cnf.training.ranks import current
 
 FORMAT = 1  # of the file; raised when an older reader would misread it
 _DAMAGES = (OSError, EOFError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError)
@@ -28,9 +29,12 @@ def write_snapshot(
 ) -> None:
     """Write a training's state and torch's random state, whole or not at all.
 
+    Of ranks that train together the first one writes: state and random numbers are those of all.
     state: tensors and plain values, nested; device: whose random numbers the training uses besides
     the CPU's.
     """
+    if not current().is_first:
+        return
     random = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(device)

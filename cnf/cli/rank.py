@@ -1,0 +1,82 @@
+"""The processes that torchrun started as one program: they meet, speak with one voice and part."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from datetime import timedelta
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from cnf.error import InputError, IntegrationError, TrainingError
+
+SHARED = ("fit", "sample", "logprob", "mnist classify")  # commands that ranks share
+TIMEOUT = timedelta(minutes=10)  # in which a rank must answer the others
+FAILED, INTERRUPTED = 1, 130
+TOLD = "cnf/told"  # how many ranks have failed
+
+
+@contextmanager
+def joined(arguments: Namespace) -> Iterator[None]:
+    """The ranks' process group for as long as the block lasts; only the first rank prints.
+
+    An error is told once, by the rank that it came to first; the others leave in silence.  SIGTERM,
+    which torchrun sends to all when one has died, is an interrupt like Ctrl-C.
+    Raises InputError for a command that is one process's alone.
+    """
+    command = f"{arguments.verb} {getattr(arguments, 'task', None) or ''}".strip()
+    if command not in SHARED:
+        raise InputError(
+            f"`cnf {command}` is one process's work, not that of {os.environ['WORLD_SIZE']} ranks; "
+            "leave torchrun out"
+        )
+    backend = _own_device(arguments)
+    store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with _silent(rank > 0):
+            yield
+    except (InputError, IntegrationError, TrainingError, OSError):
+        if store.add(TOLD, 1) > 1:
+            raise SystemExit(FAILED) from None
+        raise
+    except KeyboardInterrupt:
+        if rank > 0 or store.add(TOLD, 1) > 1:
+            raise SystemExit(INTERRUPTED) from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    dist.destroy_process_group()  # not after an error: the others may be gone
+
+
+def _own_device(arguments: Namespace) -> str:
+    """The backends of the ranks' device; of several GPUs each rank takes its own."""
+    if not str(arguments.device).startswith("cuda"):
+        return "gloo"
+    if arguments.device == "cuda":
+        arguments.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(arguments.device)
+    return "cpu:gloo,cuda:nccl"
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _silent(wanted: bool) -> Iterator[None]:
+    """Nothing is printed inside, if that is wanted."""
+    with ExitStack() as stack:
+        if wanted:
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+        yield
+        sys.stdout.flush()
