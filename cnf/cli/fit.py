@@ -118,11 +118,12 @@ def _train(flow: Flow, source: Source, arguments: Namespace, folder: RunFolder) 
                 progress=not arguments.quiet,
                 **_settings(arguments),
             )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if not history:
             raise
         folder.save(flow)
-        raise KeyboardInterrupt(f"the best weights so far are in {folder.path}") from None
+        kept = f"the best weights so far are in {folder.path}"
+        raise KeyboardInterrupt(kept, *interrupt.args) from None
     if not history:  # a budget too small for one step
         folder.begin(config)
     folder.save(flow)

@@ -13,12 +13,14 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from cnf.error import InputError, IntegrationError, TrainingError
 
 SHARED = ("fit", "sample", "logprob", "mnist classify")  # commands that ranks share
 TIMEOUT = timedelta(minutes=10)  # in which a rank must answer the others
 FAILED, INTERRUPTED = 1, 130
+PERHAPS = "if that was torchrun, another rank has died: see its report"
 TOLD = "cnf/told"  # how many ranks have failed
 
 
@@ -37,7 +39,7 @@ def joined(arguments: Namespace) -> Iterator[None]:
             "leave torchrun out"
         )
     backend = _own_device(arguments)
-    store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -67,7 +69,7 @@ def _own_device(arguments: Namespace) -> str:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(PERHAPS)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from cnf.cli import main
 from cnf.cli.folder import FIGURES, MODEL, SNAPSHOT, STEPS
+from cnf.cli.rank import PERHAPS
 
 FIT = ("fit", "rows.npy", "--hidden", "8,8", "--batch-size", "64", "--quiet", "--json")
 CLASSIFY = ("mnist", "classify", "--dataset", "digits", "--width", "4", "--stem", "fine", "--nfe",
@@ -131,7 +132,8 @@ def test_a_rank_that_dies_ends_the_run_with_a_message(
         os.kill(children(process.pid)[rank], signal.SIGKILL)
         _, told = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert f"cnf: rank {1 - rank} of 2 has lost another rank" in told
+    # the other rank notices, or torchrun tells it first
+    assert f"cnf: rank {1 - rank} of 2 has lost another rank" in told or PERHAPS in told
 
 
 @pytest.mark.slow
