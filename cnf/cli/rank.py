@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -20,6 +21,7 @@ from cnf.error import InputError, IntegrationError, TrainingError
 SHARED = ("fit", "sample", "logprob", "mnist classify")  # commands that ranks share
 TIMEOUT = timedelta(minutes=10)  # in which a rank must answer the others
 FAILED, INTERRUPTED = 1, 130
+GRACE = 3.0  # seconds; torchrun gives 30 after SIGTERM
 PERHAPS = "if that was torchrun, another rank has died: see its report"
 TOLD = "cnf/told"  # how many ranks have failed
 
@@ -50,7 +52,8 @@ def joined(arguments: Namespace) -> Iterator[None]:
             raise SystemExit(FAILED) from None
         raise
     except KeyboardInterrupt:
-        if rank > 0 or store.add(TOLD, 1) > 1:
+        time.sleep(GRACE if rank > 0 else 0)  # the first rank, if it lives, says what is kept
+        if store.add(TOLD, 1) > 1:
             raise SystemExit(INTERRUPTED) from None
         raise
     finally:

@@ -95,6 +95,16 @@ def test_a_fit_is_one_run_and_that_of_one_process(
     assert all(torch.allclose(two[name], one[name], atol=1e-3) for name in one)
 
 
+def test_a_command_of_one_process_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in named.items():
+        monkeypatch.setenv(name, value)
+    assert main(["check", "run"]) == 2
+    assert "`cnf check` is one process's work, not that of 2 ranks" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_samples_and_log_densities_are_in_order_and_those_of_one_process(
     folder: Path, torchrun: Callable[..., Any]
@@ -173,7 +183,6 @@ def test_an_interrupt_ends_both_and_keeps_what_there_is(
 def test_what_is_wrong_is_told_once(folder: Path, torchrun: Callable[..., Any]) -> None:
     for arguments, sentence in (
         (("fit", "missing.npy"), "missing.npy"),
-        (("check", "run"), "`cnf check` is one process's work, not that of 2 ranks"),
         (("fit", "rows.npy", "--batch-size", "1"), "a batch of 1 rows leaves none"),
     ):
         ended = torchrun(folder, "-m", "cnf", *arguments)
