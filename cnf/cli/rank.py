@@ -34,17 +34,12 @@ def joined(arguments: Namespace) -> Iterator[None]:
     which torchrun sends to all when one has died, is an interrupt like Ctrl-C.
     Raises InputError for a command that is one process's alone.
     """
-    command = f"{arguments.verb} {getattr(arguments, 'task', None) or ''}".strip()
-    if command not in SHARED:
-        raise InputError(
-            f"`cnf {command}` is one process's work, not that of {os.environ['WORLD_SIZE']} ranks; "
-            "leave torchrun out"
-        )
     backend = _own_device(arguments)
     store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
+        refuse_unshared(arguments, world)
         with _silent(rank > 0):
             yield
     except (InputError, IntegrationError, TrainingError, OSError):
@@ -59,6 +54,15 @@ def joined(arguments: Namespace) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, before)
     dist.destroy_process_group()  # not after an error: the others may be gone
+
+
+def refuse_unshared(arguments: Namespace, world: int) -> None:
+    """Raises InputError for a command that ranks do not share."""
+    command = f"{arguments.verb} {getattr(arguments, 'task', None) or ''}".strip()
+    if command not in SHARED:
+        raise InputError(
+            f"`cnf {command}` is one process's work, not that of {world} ranks; leave torchrun out"
+        )
 
 
 def _own_device(arguments: Namespace) -> str:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,8 @@ from safetensors.torch import load_file
 
 from cnf.cli import main
 from cnf.cli.folder import FIGURES, MODEL, SNAPSHOT, STEPS
-from cnf.cli.rank import PERHAPS
+from cnf.cli.rank import PERHAPS, refuse_unshared
+from cnf.error import InputError
 
 FIT = ("fit", "rows.npy", "--hidden", "8,8", "--batch-size", "64", "--quiet", "--json")
 CLASSIFY = ("mnist", "classify", "--dataset", "digits", "--width", "4", "--stem", "fine", "--nfe",
@@ -95,14 +97,11 @@ def test_a_fit_is_one_run_and_that_of_one_process(
     assert all(torch.allclose(two[name], one[name], atol=1e-3) for name in one)
 
 
-def test_a_command_of_one_process_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    named = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    for name, value in named.items():
-        monkeypatch.setenv(name, value)
-    assert main(["check", "run"]) == 2
-    assert "`cnf check` is one process's work, not that of 2 ranks" in capsys.readouterr().err
+def test_commands_of_one_process_are_refused() -> None:
+    refuse_unshared(Namespace(verb="fit"), 2)
+    refuse_unshared(Namespace(verb="mnist", task="classify"), 2)
+    with pytest.raises(InputError, match="`cnf check` is one process's work, not that of 2 ranks"):
+        refuse_unshared(Namespace(verb="check"), 2)
 
 
 @pytest.mark.slow
