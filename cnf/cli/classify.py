@@ -14,7 +14,15 @@ import torch
 
 from cnf.cli.classifier import settings_of, write_classifier
 from cnf.cli.device import usable_device
-from cnf.cli.folder import CONFUSION, FIGURES, SNAPSHOT, TRAINING, json_text
+from cnf.cli.folder import (
+    CONFUSION,
+    FIGURES,
+    SNAPSHOT,
+    TRAINING,
+    json_text,
+    read_config,
+    unfinished,
+)
 from cnf.cli.training import (
     begun,
     config_of,
@@ -40,6 +48,7 @@ from cnf.plot import classifier_figure, confusion_figure, save_figure
 from cnf.training.loop import Progress
 from cnf.training.ranks import here
 from cnf.training.seed import seeded
+from cnf.training.snapshot import Snapshots
 
 
 def run(arguments: Namespace) -> None:
@@ -53,8 +62,8 @@ def run(arguments: Namespace) -> None:
 def classified(arguments: Namespace) -> dict[str, Any]:
     """The figures of a run, which is in its folder when they come; none for ranks but the first."""
     start = time.perf_counter()
-    device = usable_device(arguments.device)
     settings = _settings(arguments)
+    device = usable_device(arguments.device or "cpu")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     download = not (arguments.no_download or arguments.data)
@@ -77,7 +86,7 @@ def classified(arguments: Namespace) -> dict[str, Any]:
         figures |= {"run": str(folder.path), "seconds": time.perf_counter() - start}
         _draw(folder.path, history, figures, settings)
         folder.write_json(FIGURES, figures)
-        (folder.path / SNAPSHOT).unlink(missing_ok=True)
+        Snapshots(folder.path / SNAPSHOT).remove()
     return figures
 
 
@@ -96,9 +105,11 @@ def _settings(arguments: Namespace) -> Settings:
     wanted = chosen(arguments.preset, given)
     if not arguments.resume:
         return wanted
-    out = out_of(arguments, wanted.name)
-    kept, threads = settings_kept(out, given, settings_of, "classifier")
-    torch.set_num_threads(arguments.threads or threads)
+    arguments.out = arguments.out or unfinished(out_of(arguments, wanted.name))
+    kept, threads = settings_kept(arguments.out, given, settings_of, "classifier")
+    config = read_config(Path(arguments.out))
+    arguments.threads = arguments.threads or threads
+    arguments.device = arguments.device or config.get("arguments", {}).get("device")
     return kept
 
 

@@ -34,7 +34,7 @@ def joined(arguments: Namespace) -> Iterator[None]:
     which torchrun sends to all when one has died, is an interrupt like Ctrl-C.
     Raises InputError for a command that is one process's alone.
     """
-    backend = _own_device(arguments)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     before = signal.signal(signal.SIGTERM, _interrupt)
@@ -63,16 +63,6 @@ def refuse_unshared(arguments: Namespace, world: int) -> None:
         raise InputError(
             f"`cnf {command}` is one process's work, not that of {world} ranks; leave torchrun out"
         )
-
-
-def _own_device(arguments: Namespace) -> str:
-    """The backends of the ranks' device; of several GPUs each rank takes its own."""
-    if not str(arguments.device).startswith("cuda"):
-        return "gloo"
-    if arguments.device == "cuda":
-        arguments.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(arguments.device)
-    return "cpu:gloo,cuda:nccl"
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -124,6 +124,15 @@ class Ranks:
         if self.any(failure is not None):
             raise failure or IntegrationError("a solve failed on another rank")
 
+    def told(self, text: str) -> str:
+        """What the first rank has to say."""
+        if self.world == 1:
+            return text
+        said = [text]
+        with connected():
+            dist.broadcast_object_list(said, 0)
+        return said[0]
+
     def seed(self, seed: int | None) -> int | None:
         """The seed, or where there is none one that all ranks have in common."""
         if seed is not None or self.world == 1:
