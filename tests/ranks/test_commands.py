@@ -146,19 +146,23 @@ def test_a_rank_that_dies_ends_the_run_with_a_message(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("command", [(*FIT, "--steps", "300"), (*CLASSIFY, "--epochs", "4")])
 def test_a_training_goes_on_after_a_rank_has_died(
-    folder: Path, environment: dict[str, str], torchrun: Callable[..., Any]
+    folder: Path,
+    environment: dict[str, str],
+    torchrun: Callable[..., Any],
+    command: tuple[str, ...],
 ) -> None:
-    classify = (*CLASSIFY, "--epochs", "4", "--save-every", "0.2", "--out", "run")
-    with started(environment, folder, *classify) as process:
+    """Bit for bit, as if nothing had happened."""
+    command = (*command, "--save-every", "0.2", "--out")
+    with started(environment, folder, *command, "run") as process:
         wait_for_steps(folder / "run", 60)
         os.kill(children(process.pid)[1], signal.SIGKILL)
         process.communicate(timeout=60)
     assert (folder / "run" / SNAPSHOT).exists()
-    ended = torchrun(folder, "-m", "cnf", *classify, "--resume")
-    assert ended.returncode == 0, ended.stderr
-    straight = torchrun(folder, "-m", "cnf", *classify[:-1], "straight")
-    assert straight.returncode == 0, straight.stderr
+    for out, more in (("run", ("--resume",)), ("straight", ())):
+        ended = torchrun(folder, "-m", "cnf", *command, out, *more)
+        assert ended.returncode == 0, ended.stderr
     resumed, whole = without(folder / "run"), without(folder / "straight")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
