@@ -285,6 +285,7 @@ def test_a_full_disk_leaves_no_half_a_record(tmp_path: Path, monkeypatch) -> Non
     with claimed_folder(str(tmp_path / "run"), False) as run:
         run.begin({})
         run.add_step({"step": 1})
+        run.close()
         run._steps = Full(run.path / folder.STEPS, "a")
         with pytest.raises(OSError, match="No space left on device") as caught:
             run.add_step({"step": 2})
