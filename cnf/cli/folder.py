@@ -363,6 +363,7 @@ def _stored_data(config: Path) -> dict[str, Any]:
         )
     data = found.get("data")
     columns = data.get("columns") if isinstance(data, dict) else None
-    if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
+    named = isinstance(columns, list) and all(isinstance(name, str) for name in columns)
+    if not (isinstance(data, dict) and named):
         raise InputError(f"{config} is damaged; restore it or fit again")
     return data
