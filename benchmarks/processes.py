@@ -1,6 +1,6 @@
 """A training step, and log-densities, by one process and by several, a thread each.
 
-    python benchmarks/processes.py [--processes 2] [--rounds 30]
+    python benchmarks/processes.py [--processes 2] [--rounds 30] [--quick]
 
 The total batch is the same: several processes share it.  The flow has the default net and takes 8
 steps of rk4, 32 evaluations of its field, exact trace.
@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -61,14 +61,14 @@ def timed(run: Callable[[], object], rounds: int) -> float:
     return statistics.median(seconds[WARM:])
 
 
-def as_rank(rounds: int) -> None:
+def as_rank(rounds: int, cases: Sequence[tuple[int, int]]) -> None:
     """Measure in this process, with the others if there are any; the first prints JSON."""
     torch.manual_seed(0)
     if os.environ["WORLD_SIZE"] != "1":
         dist.init_process_group("gloo")
     found = {}
     with here().together():
-        for dim, batch in CASES:
+        for dim, batch in cases:
             case = f"D = {dim}, batch {batch:,}"
             found[f"flow matching, {case}"] = trained("matching", dim, batch, rounds)
             found[f"maximum likelihood, {case}"] = trained("likelihood", dim, batch, rounds)
@@ -79,10 +79,10 @@ def as_rank(rounds: int) -> None:
         dist.destroy_process_group()
 
 
-def measured(processes: int, rounds: int) -> dict[str, float]:
+def measured(processes: int, *more: str) -> dict[str, float]:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-        str(processes), __file__, "--as-rank", "--rounds", str(rounds),
+        str(processes), __file__, "--as-rank", *more,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -93,13 +93,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--quick", action="store_true", help="the smallest case alone")
     parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.as_rank:
-        return as_rank(arguments.rounds)
+        return as_rank(arguments.rounds, CASES[: 1 if arguments.quick else None])
     print(machine())
-    one = measured(1, arguments.rounds)
-    several = measured(arguments.processes, arguments.rounds)
+    more = ["--rounds", str(arguments.rounds), *(["--quick"] if arguments.quick else [])]
+    one, several = measured(1, *more), measured(arguments.processes, *more)
     print(f"{'ms':44s} {'1 process':>10s} {f'{arguments.processes} processes':>12s} {'ratio':>7s}")
     for name, alone in one.items():
         together = several[name]
