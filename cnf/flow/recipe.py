@@ -31,6 +31,7 @@ from cnf.flow.regularizer import Regularizer
 from cnf.flow.transform import Support
 from cnf.training.batches import Shuffled
 from cnf.training.loop import Batches, Plan, Progress
+from cnf.training.ranks import current
 from cnf.training.seed import seeded
 from cnf.training.snapshot import Snapshots, opened
 
@@ -107,7 +108,7 @@ def fit_flow(
                 "batch_size": batch_size, "coupling": _named(coupling),
                 "regularizer": str(regularizer or Regularizer())}  # fmt: skip
     snapshots = opened(snapshot)
-    with seeded(seed, flow.device):
+    with seeded(current().seed(seed), flow.device):
         origin = Origin(flow, settings, snapshots)
         plans = _plans(flow, method, seconds, steps, lr)
         objectives: dict[str, nn.Module] = {
@@ -120,6 +121,7 @@ def fit_flow(
         split = split_rows(x, flow, validation, context)
         if flow.whitens and not flow.whitening.is_fitted and origin.is_new:
             flow.whiten(*in_parts(_sample_of(split.training, flow), flow))
+        current().give(flow)
         score = Validation(flow, split.validation)
         origin.add({"rows": len(split.training), "data": score.digest})
         fitting = Fitting(flow, plans, objectives, split.batches(batch_size, flow), score, origin)
@@ -343,10 +345,12 @@ class _Drawn:
     """Batches of rows of a memory map, drawn at random: an order of all would not fit in memory."""
 
     def __init__(self, rows: np.ndarray, size: int, flow: Fittable) -> None:
-        self._rows, self._size, self._flow = rows, size, flow
+        self._rows, self._flow, self._ranks = rows, flow, current()
+        self._size = self._ranks.batch_size(size)
 
     def __call__(self) -> Tensor:
         chosen = torch.randint(len(self._rows), (self._size,)).sort().values
+        chosen = chosen[self._ranks.share(self._size)]
         flow = self._flow
         block = self._rows[chosen.numpy()]
         return as_rows(block, flow.dim, dtype=flow.dtype, device=flow.device)
