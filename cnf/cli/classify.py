@@ -7,7 +7,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,18 @@ from tqdm import tqdm
 from cnf.cli.classifier import settings_of, write_classifier
 from cnf.cli.device import usable_device
 from cnf.cli.folder import (
-    CONFIG,
     CONFUSION,
     FIGURES,
-    SNAPSHOT,
     TRAINING,
     RunFolder,
     claimed_folder,
     json_text,
-    read_json,
+    read_config,
     resumed_folder,
+    unfinished,
     versions,
 )
+from cnf.cli.resumption import other_setting, resumable, snapshots_of
 from cnf.error import InputError
 from cnf.odenet.classification import (
     FINE,
@@ -45,7 +45,7 @@ from cnf.odenet.settings import ODE_NETS, Settings, chosen
 from cnf.plot import classifier_figure, confusion_figure, save_figure
 from cnf.training.loop import Progress
 from cnf.training.seed import seeded
-from cnf.training.snapshot import Interval, postponed_signals, read_snapshot, write_snapshot
+from cnf.training.snapshot import Snapshots
 
 
 def run(arguments: Namespace) -> None:
@@ -57,8 +57,8 @@ def run(arguments: Namespace) -> None:
 def classified(arguments: Namespace) -> dict[str, Any]:
     """The figures of a run, which is in its folder when they come."""
     start = time.perf_counter()
-    device = usable_device(arguments.device)
     settings = _settings(arguments)
+    device = usable_device(arguments.device or "cpu")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     download = not (arguments.no_download or arguments.data)
@@ -67,15 +67,16 @@ def classified(arguments: Namespace) -> dict[str, Any]:
     with _folder(arguments, settings) as folder, seeded(settings.seed, device):
         net = build(settings, parts.shape, parts.classes).to(device)
         training = ImageTraining(net, parts, settings)
-        history = _begin(training, folder, settings, device, arguments)
-        _train(training, folder, history, device, arguments)
+        snapshots = snapshots_of(folder, arguments)
+        history = _begin(training, folder, snapshots, settings, device, arguments)
+        _train(training, folder, snapshots, history, device, arguments)
         training.select()
         write_classifier(folder.path, net, settings, parts.shape, parts.classes)
         figures = _figures(training, history, settings, arguments)
         figures |= {"run": str(folder.path), "seconds": time.perf_counter() - start}
         _draw(folder.path, history, figures, settings)
         folder.write_json(FIGURES, figures)
-        (folder.path / SNAPSHOT).unlink(missing_ok=True)
+        snapshots.remove()
     return figures
 
 
@@ -94,19 +95,19 @@ def _settings(arguments: Namespace) -> Settings:
     wanted = chosen(arguments.preset, given)
     if not arguments.resume:
         return wanted
-    out = _out(arguments, wanted)
-    with resumed_folder(out) as folder:
-        config = read_json(folder.path / CONFIG)
+    arguments.out = arguments.out or unfinished(_out(arguments, wanted))
+    with resumed_folder(arguments.out) as folder:
+        config = read_config(folder.path)
     if not isinstance(config.get("settings"), dict):
-        raise InputError(f"{out} holds no classifier to resume; leave --resume out to begin one")
+        raise InputError(
+            f"{arguments.out} holds no classifier to resume; leave --resume out to begin one"
+        )
     kept = settings_of(config["settings"])
     for name, value in given.items():
         if getattr(kept, name) != value:
-            raise InputError(
-                f"the run in {out} has {name} {getattr(kept, name)!r}, not {value!r}; leave that "
-                "out, or begin a new run without --resume"
-            )
-    torch.set_num_threads(arguments.threads or config["threads"])
+            raise other_setting(arguments.out, name, getattr(kept, name), value)
+    arguments.threads = arguments.threads or config.get("threads")
+    arguments.device = arguments.device or config.get("arguments", {}).get("device")
     return kept
 
 
@@ -125,6 +126,7 @@ def _folder(arguments: Namespace, settings: Settings) -> Iterator[RunFolder]:
 def _begin(
     training: ImageTraining,
     folder: RunFolder,
+    snapshots: Snapshots,
     settings: Settings,
     device: torch.device,
     arguments: Namespace,
@@ -133,22 +135,11 @@ def _begin(
     count = parameter_count(training.net)
     verb = "going on with" if arguments.resume else "training"
     _tell(arguments, f"{verb} {settings.name}, {count:,} parameters, in {folder.path}")
-    path = folder.path / SNAPSHOT
-    if not arguments.resume:
+    if snapshots.begun is None:
         folder.begin(_config(settings, arguments))
-        write_snapshot(path, training.state_dict(), device)
+        snapshots.write(training.state_dict(), device)
         return []
-    state = read_snapshot(path, device)
-    try:
-        training.load_state_dict(state)
-    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not of this run; begin a new one without --resume") from error
-    return [_record(line) for line in folder.go_on(training.step)]
-
-
-def _record(line: dict[str, Any]) -> Progress:
-    """A record of steps as it was; null was no finite number."""
-    return Progress(**{**line, "loss": math.nan if line["loss"] is None else line["loss"]})
+    return folder.go_on(snapshots.begun.state.get("step", 0))
 
 
 def _config(settings: Settings, arguments: Namespace) -> dict[str, Any]:
@@ -167,27 +158,23 @@ def _config(settings: Settings, arguments: Namespace) -> dict[str, Any]:
 def _train(
     training: ImageTraining,
     folder: RunFolder,
+    snapshots: Snapshots,
     history: list[Progress],
     device: torch.device,
     arguments: Namespace,
 ) -> None:
-    """Train to the end; every record goes into the history and the folder.
-
-    A snapshot is kept at an interval and, before the program ends, on Ctrl-C and SIGTERM.
+    """Train to the end; every record goes into the history and the folder, and snapshots are kept
+    at an interval and, before the program ends, on Ctrl-C and SIGTERM.
     """
-    path, due = folder.path / SNAPSHOT, Interval(arguments.save_every)
-    with postponed_signals() as is_asked_to_stop, _shown(arguments) as show:
-        for record in training:
+    with (
+        resumable("mnist classify", folder),
+        _shown(arguments) as show,
+        closing(snapshots.follow(training, device)) as records,
+    ):
+        for record in records:
             folder.add_step(asdict(record))
             history.append(record)
             show(record)
-            stops = is_asked_to_stop()
-            if stops or due.is_over() or training.is_done:
-                write_snapshot(path, training.state_dict(), device)
-            if stops:
-                raise KeyboardInterrupt(
-                    f"`cnf mnist classify --resume --out {folder.path}` goes on from here"
-                )
 
 
 @contextmanager

@@ -6,10 +6,9 @@ A kind of picture is one entry of KINDS: a function that draws a run, and what i
 from __future__ import annotations
 
 import json
-import math
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,16 @@ import torch
 
 from cnf.cli.check import checked_rows
 from cnf.cli.device import usable_device
-from cnf.cli.folder import CONFIG, FIGURES, STEPS, Run, json_text, read_run
+from cnf.cli.folder import (
+    CONFIG,
+    FIGURES,
+    STEPS,
+    Run,
+    json_text,
+    progress_of,
+    read_config,
+    read_run,
+)
 from cnf.cli.picture import (
     animation_frames,
     density_picture,
@@ -54,7 +62,7 @@ class Subject:
     @cached_property
     def source(self) -> Source:
         """The data of the run, read or drawn again as its config.json says."""
-        config = _json_of(self.run.path / CONFIG)
+        config = read_config(self.run.path)
         try:
             given, data = config["arguments"], config["data"]
             name, settings = given["data"], {"seed": given["seed"], "rows": given["rows"]}
@@ -76,7 +84,7 @@ class Subject:
         path = self.run.path / STEPS
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
-            records = [_progress(json.loads(line)) for line in lines]
+            records = [progress_of(json.loads(line)) for line in lines]
         except FileNotFoundError as error:
             raise InputError(f"{self.run.path} holds no {STEPS}; fit again") from error
         except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -96,13 +104,6 @@ class Subject:
     def tradeoff(self) -> Tradeoff:
         """Errors and times against evaluations, on the rows of the file or of the flow."""
         return self.flow.tradeoff(*checked_rows(self.run, self._arguments))
-
-
-def _progress(record: dict[str, Any]) -> Progress:
-    """A record as it was: JSON has null for a loss that was not finite."""
-    known = {field.name for field in fields(Progress)}
-    kept = {name: value for name, value in record.items() if name in known}
-    return Progress(**{**kept, "loss": math.nan if kept["loss"] is None else kept["loss"]})
 
 
 def _json_of(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ start, then maximum likelihood.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable
@@ -19,16 +20,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cnf.data.rows import HUGE, as_rows, as_table, check_values, quoted, reason
-from cnf.error import InputError, IntegrationError, whole_number
+from cnf.error import InputError, whole_number
 from cnf.flow.batch import Kind, shaped_context
 from cnf.flow.coupling import Coupling
+from cnf.flow.fitting import VALIDATION_ROWS, Fitting, Origin, Validation, in_parts
 from cnf.flow.objective import FlowMatching, MaximumLikelihood, Trainable
-from cnf.flow.pilot import choose_field, pilot_plan
+from cnf.flow.pilot import pilot_plan
 from cnf.flow.regularizer import Regularizer
 from cnf.flow.transform import Support
 from cnf.training.batches import Shuffled
-from cnf.training.loop import Batches, Best, Plan, Progress, put, train
+from cnf.training.loop import Batches, Plan, Progress
 from cnf.training.seed import seeded
+from cnf.training.snapshot import Snapshots, opened
 
 SECONDS = 50.0  # the default budget
 MATCHING_SHARE = 0.6  # of the seconds that flow matching takes before maximum likelihood
@@ -36,11 +39,9 @@ MATCHING_STEPS = 0.95  # of the steps: one of flow matching costs far less
 LEARNING_RATE = {"fm": 6e-3, "ml": 2e-3}
 BATCH = 2048
 TOLERANCE = 1e-4  # of adaptive steps in training; gradients are exact for the computed solution
-VALIDATION_ROWS = 2048  # looked at while training
 WHITENING_ROWS = 200_000
 LAZY_BYTES = 2**28  # memory maps above this size stay on disk
 LEAST_ROWS = 10
-LEAST_STEPS = 1000  # of the solver that a validation may take
 
 
 class Fittable(Trainable, Protocol):
@@ -95,29 +96,42 @@ def fit_flow(
     callback: Callable[[Progress], None] | None,
     device: str | torch.device | None,
     progress: bool,
+    snapshot: str | os.PathLike[str] | Snapshots | None,
 ) -> None:
     """Fit `flow` in place; the arguments are those of `Flow.fit`."""
     if device is not None:
         move_flow(flow, device)
-    plans = _plans(flow, method, seconds, steps, lr)
-    objectives: dict[str, nn.Module] = {
-        "fm": FlowMatching(flow, coupling=coupling),
-        "ml": MaximumLikelihood(flow, tolerance=TOLERANCE, regularizer=regularizer),
-    }
-    _refuse_unused(objectives, plans, method)
     batch_size = BATCH if batch_size is None else whole_number("batch_size", batch_size, 1)
-    if not any(p.requires_grad for p in flow.parameters()):
-        raise InputError("the flow has no parameters to fit; make its field a torch.nn.Module")
+    settings = {"method": method, "seconds": seconds, "steps": steps, "seed": seed, "lr": lr,
+                "batch_size": batch_size, "coupling": _named(coupling),
+                "regularizer": str(regularizer or Regularizer())}  # fmt: skip
+    snapshots = opened(snapshot)
     with seeded(seed, flow.device):
+        origin = Origin(flow, settings, snapshots)
+        plans = _plans(flow, method, seconds, steps, lr)
+        objectives: dict[str, nn.Module] = {
+            "fm": FlowMatching(flow, coupling=coupling),
+            "ml": MaximumLikelihood(flow, tolerance=TOLERANCE, regularizer=regularizer),
+        }
+        _refuse_unused(objectives, plans, method)
+        if not any(p.requires_grad for p in flow.parameters()):
+            raise InputError("the flow has no parameters to fit; make its field a torch.nn.Module")
         split = split_rows(x, flow, validation, context)
-        if flow.whitens and not flow.whitening.is_fitted:
+        if flow.whitens and not flow.whitening.is_fitted and origin.is_new:
             flow.whiten(*in_parts(_sample_of(split.training, flow), flow))
-        batches = split.batches(batch_size, flow)
-        records = _run(flow, plans, objectives, batches, split.validation)
+        score = Validation(flow, split.validation)
+        origin.add({"rows": len(split.training), "data": score.digest})
+        fitting = Fitting(flow, plans, objectives, split.batches(batch_size, flow), score, origin)
+        records = iter(fitting) if snapshots is None else snapshots.follow(fitting, flow.device)
         try:
             follow(records, plans, callback, progress)
         finally:
             flow.zero_grad()  # of the field that is now in place
+
+
+def _named(coupling: str | Coupling) -> str:
+    """A coupling by which it is known again."""
+    return coupling if isinstance(coupling, str) else type(coupling).__name__
 
 
 def move_flow(flow: Any, device: str | torch.device) -> None:
@@ -129,46 +143,6 @@ def move_flow(flow: Any, device: str | torch.device) -> None:
             f"the flow cannot be moved to device {quoted(device)} ({reason(error)}); "
             "use device='cpu'"
         ) from error
-
-
-def _run(
-    flow: Any,
-    plans: list[Plan],
-    objectives: dict[str, nn.Module],
-    batches: Batches,
-    validation: Tensor,
-) -> Generator[Progress]:
-    """The records of all phases; whatever ends them, the flow is left with its best weights."""
-    elapsed = 0.0
-    score = _Score(flow, validation)
-    if plans[0].phase == "pilot":
-        trials, *plans = plans
-        later = sum(plan.seconds or 0.0 for plan in plans)
-        for record in choose_field(flow, batches, score, trials):
-            yield replace(record, remaining=(trials.seconds or 0.0) - record.seconds + later)
-            elapsed = record.seconds
-    parameters = [p for p in flow.parameters() if p.requires_grad]
-    best = Best()
-    best.offer(score(), [p.detach() for p in parameters])  # a fit never ends worse than it began
-    try:
-        for i, plan in enumerate(plans):
-            later = sum(after.seconds or 0.0 for after in plans[i + 1 :])
-            objective = objectives[plan.phase]
-            if best.weights:
-                put(parameters, best.weights)
-            score.objective = objective
-            best.age = 0
-            record = None
-            for record in train(objective, batches, plan, validate=score, best=best):
-                yield replace(
-                    record,
-                    seconds=elapsed + record.seconds,
-                    remaining=record.remaining + later,
-                )
-            elapsed += record.seconds if record is not None else 0.0
-    finally:
-        if best.weights:
-            put(parameters, best.weights)
 
 
 def _plans(
@@ -332,11 +306,6 @@ def _joined(x: Any, context: Any, flow: Fittable, name: str) -> Tensor:
     return torch.cat([rows, given.detach()], 1)
 
 
-def in_parts(rows: Tensor, flow: Fittable) -> tuple[Tensor, ...]:
-    """(x,), or (x, contexts) of a conditional flow, of rows that go on with their contexts."""
-    return (rows,) if not flow.context else (rows[:, : flow.dim], rows[:, flow.dim :])
-
-
 class _Drawn:
     """Batches of rows of a memory map, drawn at random: an order of all would not fit in memory."""
 
@@ -355,39 +324,6 @@ def _sample_of(rows: Tensor | np.ndarray, flow: Fittable) -> Tensor:
     # at random: rows that came with validation rows of their own may be sorted
     chosen = np.sort(np.random.default_rng(0).choice(len(rows), count, replace=False))
     return as_rows(rows[chosen], flow.dim + flow.context, dtype=flow.dtype)
-
-
-class _Score:
-    """Mean negative log-likelihood of the validation rows, in nats; infinite where it fails."""
-
-    def __init__(self, flow: Any, rows: Tensor) -> None:
-        # from end to end: they may be sorted
-        count = min(len(rows), VALIDATION_ROWS)
-        chosen = torch.linspace(0, len(rows) - 1, count, dtype=torch.float64).round().long()
-        self._flow, self._rows = flow, rows[chosen.to(rows.device)]
-        self._most = flow.solver.max_steps
-        self.log_prob = torch.full((count,), -math.inf)  # of the rows, when they were last scored
-        self.objective: nn.Module | None = None
-
-    @torch.no_grad()
-    def __call__(self) -> float:
-        flow = self._flow
-        rows, *context = in_parts(self._rows.to(flow.device, flow.dtype), flow)
-        solver = replace(flow.solver, max_steps=self._most)
-        try:
-            conditioned = flow.conditioned(*context)
-            divergence = flow.chosen_divergence()
-            log_prob, stats = flow.log_prob_of_rows(rows, divergence, solver, conditioned)
-        except IntegrationError:
-            self.log_prob = torch.full((len(rows),), -math.inf)
-            return math.inf
-        self.log_prob = log_prob.double().cpu()
-        # weights that need so many more steps than the first ones are lost, and not worth the time
-        wanted = max(LEAST_STEPS, 20 * stats.attempts)
-        self._most = min(flow.solver.max_steps, wanted)
-        if isinstance(self.objective, FlowMatching):
-            self.objective.nfe = stats.calls
-        return -self.log_prob.mean().item()
 
 
 def follow(

@@ -235,6 +235,11 @@ class Transport(nn.Module):
         """Put another default field in the place of this one; its shape is then settled."""
         self.field, self.shape, self._open_shape = field, shape, (False, False)
 
+    def reopen_field(self, shape: Shape, open_shape: tuple[bool, bool]) -> None:
+        """Put an untrained default field in the place of this one, of which so much is open."""
+        self.take_field(self.new_field(shape), shape)
+        self._open_shape = open_shape
+
     def chosen_divergence(self) -> Divergence:
         """The divergence in use: what "auto" stands for with this field."""
         return choose_divergence(self.divergence, self.field)

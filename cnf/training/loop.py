@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -129,7 +129,7 @@ class Training:
         self.is_done = False
         self._clock = _Clock(plan)
 
-    def __iter__(self) -> Iterator[Progress]:
+    def __iter__(self) -> Generator[Progress]:
         steps = self._clock.steps(self.step)
         while not self.is_done:
             record = self._advance(steps)

@@ -19,7 +19,7 @@ from torch.distributions import Independent, StudentT
 import cnf
 from cnf.data.density import toy
 from cnf.error import InputError, IntegrationError
-from cnf.flow import recipe
+from cnf.flow import fitting, recipe
 from cnf.flow.flow import Flow
 from cnf.flow.recipe import split_rows
 from cnf.training.loop import Progress, TrainingError
@@ -431,9 +431,9 @@ def test_rows_of_ones_own_are_validated_on_and_not_trained_on(kind):
 
 
 def test_sorted_rows_of_ones_own_are_looked_at_from_end_to_end(monkeypatch):
-    monkeypatch.setattr(recipe, "VALIDATION_ROWS", 10)
+    monkeypatch.setattr(fitting, "VALIDATION_ROWS", 10)
     own = torch.arange(100.0)[:, None].expand(-1, 2)
-    assert recipe._Score(tiny(), own)._rows[:, 0].tolist() == [11.0 * i for i in range(10)]
+    assert fitting.Validation(tiny(), own)._rows[:, 0].tolist() == [11.0 * i for i in range(10)]
 
 
 def test_sorted_rows_are_whitened_as_a_whole(monkeypatch):
