@@ -24,8 +24,8 @@ class FlowDensity(DensityMixin, BaseEstimator):
     where the data can be, "positive" or (low, high); method: "auto", "fm" or "ml", as in
     `Flow.fit`; steps: of training, at most, the same on every machine; seconds: a budget of time in
     their place, where steps is None; lr, batch_size: None for the flow's own; validation: the share
-    of the rows that choose the best weights; device: "cpu", "cuda"; verbose: whether a bar is drawn;
-    random_state: an int makes fits and samples the same every time.
+    of the rows that choose the best weights; device: "cpu", "cuda"; verbose: whether a bar is
+    drawn; random_state: an int makes fits and samples the same every time.
     flow_: the fitted `Flow`, for whatever else a flow can do; n_features_in_, feature_names_in_.
 
     >>> from sklearn.datasets import make_moons
