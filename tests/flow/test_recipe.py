@@ -21,7 +21,7 @@ from cnf.data.density import toy
 from cnf.error import InputError, IntegrationError
 from cnf.flow import fitting, recipe
 from cnf.flow.flow import Flow
-from cnf.flow.recipe import split_rows
+from cnf.flow.split import split_rows
 from cnf.training.loop import Progress, TrainingError
 
 F64 = torch.float64
@@ -490,7 +490,7 @@ def test_any_batch_size_serves(batch_size):
 @pytest.fixture
 def mapped(tmp_path, monkeypatch):
     """Makes a memory map that counts as too large for memory."""
-    monkeypatch.setattr(recipe, "LAZY_BYTES", 0)
+    monkeypatch.setattr("cnf.flow.split.LAZY_BYTES", 0)
 
     def make(values):
         np.save(tmp_path / "x.npy", np.asarray(values))
@@ -515,7 +515,7 @@ def test_columns_of_a_memory_map_may_be_chosen(mapped):
 
 
 def test_a_small_memory_map_is_read_whole(mapped, monkeypatch):
-    monkeypatch.setattr(recipe, "LAZY_BYTES", 2**28)
+    monkeypatch.setattr("cnf.flow.split.LAZY_BYTES", 2**28)
     assert equal(weights(fit(x=mapped(banana()))), weights(fit()))
 
 
