@@ -19,7 +19,7 @@ from torch.distributions import Independent, StudentT
 import cnf
 from cnf.data.density import toy
 from cnf.error import InputError, IntegrationError
-from cnf.flow import fitting, recipe
+from cnf.flow import fitting
 from cnf.flow.flow import Flow
 from cnf.flow.split import split_rows
 from cnf.training.loop import Progress, TrainingError
@@ -437,7 +437,7 @@ def test_sorted_rows_of_ones_own_are_looked_at_from_end_to_end(monkeypatch):
 
 
 def test_sorted_rows_are_whitened_as_a_whole(monkeypatch):
-    monkeypatch.setattr(recipe, "WHITENING_ROWS", 200)
+    monkeypatch.setattr("cnf.flow.split.WHITENING_ROWS", 200)
     x = banana(2000)[:, :2].sort(0).values + 0.01 * torch.randn(2000, 2)
     flow = fit(tiny(marginals=None), x, validation=banana(20), steps=1)
     assert torch.allclose(flow.whitening.mean, x.mean(0), atol=0.8)
