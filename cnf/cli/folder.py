@@ -332,7 +332,8 @@ def _stored_data(config: Path) -> dict[str, Any]:
             f"{config.parent} holds a classifier, which has no density; name a flow's run"
         )
     data = found.get("data")
-    columns = data.get("columns") if isinstance(data, dict) else None
+    data = data if isinstance(data, dict) else {}
+    columns = data.get("columns")
     if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
         raise InputError(f"{config} is damaged; restore it or fit again")
     return data
