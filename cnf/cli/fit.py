@@ -18,7 +18,6 @@ import torch
 from cnf.cli.device import usable_device
 from cnf.cli.folder import (
     FIGURES,
-    MODEL,
     RunFolder,
     claimed_folder,
     json_text,
@@ -36,6 +35,7 @@ from cnf.flow.flow import Flow
 from cnf.flow.regularizer import Regularizer
 from cnf.flow.report import held_out
 from cnf.training.loop import Progress
+from cnf.training.ranks import here
 from cnf.training.snapshot import Snapshots
 
 
@@ -54,6 +54,8 @@ def run(arguments: Namespace) -> None:
     with _folder(arguments, source) as folder:
         snapshots = snapshots_of(folder, arguments)
         history = _train(flow, source, arguments, folder, snapshots)
+        if not here().is_first:
+            return
         _tell(arguments, "judging the density and drawing it")
         rows, context = source.parts(source.held_out)
         context = None if context is None else context[0]
@@ -175,23 +177,25 @@ def _train(
     _tell(arguments, f"{verb} {source.name}, {rows}, into {folder.path}")
     x, context = source.parts(source.train)
     try:
-        flow.fit(
-            x,
-            context=context,
-            validation=source.parts(source.validation) if source.context else source.validation,
-            callback=keep,
-            progress=not arguments.quiet,
-            snapshot=snapshots,
-            **_settings(arguments),
-        )
-    except KeyboardInterrupt:
+        with here().together():
+            flow.fit(
+                x,
+                context=context,
+                validation=source.parts(source.validation) if source.context else source.validation,
+                callback=keep,
+                progress=not arguments.quiet,
+                snapshot=snapshots,
+                **_settings(arguments),
+            )
+    except KeyboardInterrupt as interrupt:
         if not folder.has_begun:
             raise
-        flow.save(folder.path / MODEL)
-        raise KeyboardInterrupt(f"the best weights so far are in {folder.path}") from None
+        folder.save(flow)
+        kept = f"the best weights so far are in {folder.path}"
+        raise KeyboardInterrupt(kept, *interrupt.args) from None
     if not folder.has_begun:  # a budget too small for one step
         folder.begin(config)
-    flow.save(folder.path / MODEL)
+    folder.save(flow)
     folder.write_config(_config(flow, source, arguments))  # the field is chosen by now
     return history
 
@@ -212,6 +216,7 @@ def _config(flow: Flow, source: Source, arguments: Namespace) -> dict[str, Any]:
         "arguments": {**vars(arguments), "resume": False},
         "data": source.description,
         "flow": flow.config,
+        "ranks": here().world,
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }

@@ -24,6 +24,7 @@ from cnf.error import InputError
 from cnf.flow.flow import Flow
 from cnf.replace import replacing
 from cnf.training.loop import Progress
+from cnf.training.ranks import here
 from cnf.training.snapshot import Snapshots
 
 MODEL, CONFIG, FIGURES, STEPS = "model.safetensors", "config.json", "metrics.json", "metrics.jsonl"
@@ -103,9 +104,32 @@ class RunFolder:
         with replacing(self.path / name) as file:
             file.write(f"{json_text(value, indent=2)}\n".encode())
 
+    def save(self, flow: Flow) -> None:
+        """Write the model."""
+        flow.save(self.path / MODEL)
+
     def close(self) -> None:
         if self._steps is not None:
             self._steps.close()
+
+
+class OthersFolder(RunFolder):
+    """The first rank's folder as the others see it: they write nothing."""
+
+    def begin(self, config: Mapping[str, Any]) -> None:
+        pass
+
+    def go_on(self, steps: int) -> list[Progress]:
+        return []
+
+    def add_step(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        pass
+
+    def save(self, flow: Flow) -> None:
+        pass
 
 
 def _recorded(path: Path) -> list[tuple[str, Progress]]:
@@ -145,9 +169,12 @@ def claimed_folder(out: str, overwrite: bool) -> Iterator[RunFolder]:
     """A folder of one's own: `out`, or out-2, out-3, … where that is taken.
 
     overwrite: take `out` even where it holds a run.  If the block ends before the run has begun,
-    what was made is removed again.  Raises InputError where no folder can be made, or another
-    process works in it.
+    what was made is removed again.  Of several ranks the first one claims it.
+    Raises InputError where no folder can be made, or another process works in it.
     """
+    if not here().is_first:
+        yield OthersFolder(Path(out))
+        return
     made: list[Path] = []
     with ExitStack() as stack:
         try:
@@ -174,6 +201,9 @@ def resumed_folder(out: str) -> Iterator[RunFolder]:
     folder = _folder_path(out)
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder} holds no run to resume; leave --resume out to begin one")
+    if not here().is_first:
+        yield OthersFolder(folder)
+        return
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(folder))
@@ -197,7 +227,7 @@ def resumed_folder(out: str) -> Iterator[RunFolder]:
 
 def unfinished(out: str) -> str:
     """The newest run that can go on, of those that `claimed_folder` may have called `out`; `out`
-    itself where there is none.
+    itself where there is none.  Of several ranks the first one looks.
     """
     wanted = _folder_path(out)
     name = re.compile(re.escape(wanted.name) + r"(-\d+)?")
@@ -205,7 +235,7 @@ def unfinished(out: str) -> str:
     runs = [path for path in near if name.fullmatch(path.name) and (path / CONFIG).is_file()]
     snapshots = {path: Snapshots(path / SNAPSHOT) for path in runs if not is_locked(path)}
     times = {path: one.written for path, one in snapshots.items() if one.exist}
-    return str(max(times, key=lambda path: times[path], default=wanted))
+    return here().told(str(max(times, key=lambda path: times[path], default=wanted)))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -332,8 +362,8 @@ def _stored_data(config: Path) -> dict[str, Any]:
             f"{config.parent} holds a classifier, which has no density; name a flow's run"
         )
     data = found.get("data")
-    data = data if isinstance(data, dict) else {}
-    columns = data.get("columns")
-    if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
+    columns = data.get("columns") if isinstance(data, dict) else None
+    named = isinstance(columns, list) and all(isinstance(name, str) for name in columns)
+    if not (isinstance(data, dict) and named):
         raise InputError(f"{config} is damaged; restore it or fit again")
     return data

@@ -156,6 +156,8 @@ WHAT is one of
 
 Data are read or drawn again, as config.json says: a table must still be where it was.
 The rows of a tradeoff come from FILE, in the units of the training data, or from the flow.
+A conditional run has one density for each context: trajectories, field and animation, and a
+density, are drawn given --context; data beside a density are then those of the nearest contexts.
 """
 
 PLOT_EXAMPLES = """\
@@ -163,6 +165,7 @@ examples:
   cnf plot runs/moons --what density              writes runs/moons/density.png
   cnf plot runs/moons --what animation -o moons.gif
   cnf plot runs/wine --what pairs -o pairs.pdf
+  cnf plot runs/dose --what field --context 5,40  of a conditional run, at those values
   cnf plot runs/wine new.csv --what tradeoff -o tradeoff.pdf --json
 """
 
@@ -176,7 +179,8 @@ Measure what must agree if log p(x) can be trusted, and print a table and a verd
   determinant    the log-determinant against that of the Jacobian, up to 32 dimensions
   batch, modes   a row alone, in another order, in train() and in eval()
 
-Rows come from FILE, in the units of the training data, or are drawn from the flow.
+Rows come from FILE, in the units of the training data, or are drawn from the flow, of a
+conditional run given --context.
 """
 
 CHECK_EXAMPLES = """\
@@ -297,9 +301,7 @@ def _sample_arguments(verb: Parser) -> None:
     verb.add_argument("run_folder", metavar="RUN", help="a run folder that `cnf fit` wrote")
     verb.add_argument("-n", metavar="N", type=count, required=True, help="how many samples")
     verb.add_argument("--seed", metavar="K", type=seed, help="the same samples every time")
-    verb.add_argument(
-        "--context", metavar="X,Y", type=numbers, help="values of the context, in its order"
-    )
+    _context_argument(verb)
     verb.add_argument(
         "--nfe", metavar="N", type=count, help="at most so many evaluations of the field"
     )
@@ -338,6 +340,16 @@ def _rows_arguments(verb: Parser) -> None:
     verb.add_argument("file", metavar="FILE", nargs="?", help="a table: .csv, .npy or .npz")
     verb.add_argument(
         "--columns", metavar="A,B", type=names, help="columns of FILE, by name or index"
+    )
+    _context_argument(verb)
+
+
+def _context_argument(verb: Parser) -> None:
+    verb.add_argument(
+        "--context",
+        metavar="X,Y",
+        type=numbers,
+        help="values of the context, in its order; --context=-1,2 where the first is negative",
     )
 
 

@@ -16,6 +16,7 @@ from cnf.error import InputError, IntegrationError
 from cnf.flow.objective import FlowMatching
 from cnf.flow.pilot import Pilot, shape_of, stored_shape
 from cnf.training.loop import Batches, Best, Plan, Progress, Training, put
+from cnf.training.ranks import current
 from cnf.training.snapshot import Snapshots
 
 VALIDATION_ROWS = 2048  # looked at while training
@@ -139,7 +140,8 @@ class Fitting:
         if self.best.weights:
             put(self._parameters(), self.best.weights)
         else:  # a fit never ends worse than it began
-            self.best.offer(self.score(), [p.detach() for p in self._parameters()])
+            (score,) = current().agreed(self.score())
+            self.best.offer(score, [p.detach() for p in self._parameters()])
         self.best.age = 0
         return self._made()
 
@@ -193,6 +195,7 @@ class Validation:
     where it fails.
 
     log_prob: of the rows, when they were last scored; objective: is told what scoring cost.
+    Of ranks that train together each evaluates its share of the rows.
     """
 
     def __init__(self, flow: Any, rows: Tensor) -> None:
@@ -204,25 +207,32 @@ class Validation:
         self.log_prob = torch.full((count,), -math.inf)
         self.objective: nn.Module | None = None
 
-    @torch.no_grad()
     def __call__(self) -> float:
-        flow = self._flow
-        rows, *context = in_parts(self._rows.to(flow.device, flow.dtype), flow)
+        ranks, total = current(), len(self._rows)
+        own = self._evaluated(self._rows[ranks.share(total)])
+        self.log_prob = ranks.whole(own, total)
+        return -self.log_prob.mean().item()
+
+    @torch.no_grad()
+    def _evaluated(self, rows: Tensor) -> Tensor:
+        """Log-densities of the rows, −∞ where the solve fails, in float64 on the CPU."""
+        flow, lost = self._flow, torch.full((len(rows),), -math.inf, dtype=torch.float64)
+        if not len(rows):
+            return lost
+        x, *context = in_parts(rows.to(flow.device, flow.dtype), flow)
         solver = replace(flow.solver, max_steps=self._most)
         try:
             conditioned = flow.conditioned(*context)
             divergence = flow.chosen_divergence()
-            log_prob, stats = flow.log_prob_of_rows(rows, divergence, solver, conditioned)
+            log_prob, stats = flow.log_prob_of_rows(x, divergence, solver, conditioned)
         except IntegrationError:
-            self.log_prob = torch.full((len(rows),), -math.inf)
-            return math.inf
-        self.log_prob = log_prob.double().cpu()
+            return lost
         # weights that need so many more steps than the first ones are lost, and not worth the time
         wanted = max(LEAST_STEPS, 20 * stats.attempts)
         self._most = min(flow.solver.max_steps, wanted)
         if isinstance(self.objective, FlowMatching):
             self.objective.nfe = stats.calls
-        return -self.log_prob.mean().item()
+        return log_prob.double().cpu()
 
     @property
     def digest(self) -> str:

@@ -333,7 +333,8 @@ class Flow(Transport):
     ) -> Self:
         """This flow, fitted to rows x of shape (rows, dim); a second fit goes on from here.
 
-        context: (rows, context), where the flow takes one.
+        x may be a torch distribution, from which every batch is then drawn anew; context: (rows,
+        context), where the flow takes one.
         method: "fm" (flow matching), "ml" (maximum likelihood), or "auto": the first as a warm
         start, then the second.  What is open of the default field is chosen first, by short trials
         that are judged on the validation rows.  seconds or steps: the budget, by default 50

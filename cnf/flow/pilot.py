@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cnf.flow.objective import FlowMatching, Trainable
 from cnf.training.loop import Batches, Best, Plan, Progress, Training, put
+from cnf.training.ranks import current
 
 Bandwidth = tuple[float, float] | None
 BANDWIDTHS: tuple[Bandwidth, ...] = ((0.5, 6.0), (1.0, 12.0), (0.2, 2.0), None)
@@ -122,7 +123,8 @@ class Pilot:
     def _judge(self, trial: _Trial) -> None:
         """Take the best weights of a trial that has ended, and see whether it is the best."""
         trial.finish(self.score.log_prob)
-        self.best = trial if self.best is None or trial.beats(self.best) else self.best
+        if self.best is None or current().any(trial.beats(self.best)):
+            self.best = trial
         self.elapsed += trial.seconds
         self.judged, self.trial = self.judged + 1, None
 

@@ -4,7 +4,6 @@ start, then maximum likelihood.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import warnings
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from tqdm import tqdm
 
 from cnf.data.rows import HUGE, as_rows, as_table, check_values, quoted, reason
@@ -30,6 +30,7 @@ from cnf.flow.regularizer import Regularizer
 from cnf.flow.transform import Support
 from cnf.training.batches import Shuffled
 from cnf.training.loop import Batches, Plan, Progress
+from cnf.training.ranks import current
 from cnf.training.seed import seeded
 from cnf.training.snapshot import Snapshots, opened
 
@@ -48,13 +49,10 @@ class Fittable(Trainable, Protocol):
     """What fitting needs of a flow, which is an nn.Module besides."""
 
     dim: int
-    context: int
     support: Support
     whitens: bool
     has_own_field: bool
 
-    @property
-    def has_own_base(self) -> bool: ...
     @property
     def dtype(self) -> torch.dtype: ...
     @property
@@ -63,16 +61,19 @@ class Fittable(Trainable, Protocol):
 
 @dataclass(frozen=True)
 class Split:
-    """Rows to train on, (rows, dim), in memory or mapped; and rows to validate on.
+    """Rows to train on, (rows, dim), in memory or mapped, or a law that they are drawn from; and
+    rows to validate on.
 
     Of a conditional flow each row goes on with its context, (rows, dim + context).
     """
 
-    training: Tensor | np.ndarray
+    training: Tensor | np.ndarray | Distribution
     validation: Tensor
 
     def batches(self, size: int, flow: Fittable) -> Batches:
         """A function that gives the next batch at each call."""
+        if isinstance(self.training, Distribution):
+            return _Fresh(self.training, size, flow)
         size = min(size, len(self.training))
         if isinstance(self.training, Tensor):
             return Shuffled(in_parts(self.training, flow), size, device=flow.device)
@@ -106,7 +107,7 @@ def fit_flow(
                 "batch_size": batch_size, "coupling": _named(coupling),
                 "regularizer": str(regularizer or Regularizer())}  # fmt: skip
     snapshots = opened(snapshot)
-    with seeded(seed, flow.device):
+    with seeded(current().seed(seed), flow.device):
         origin = Origin(flow, settings, snapshots)
         plans = _plans(flow, method, seconds, steps, lr)
         objectives: dict[str, nn.Module] = {
@@ -119,6 +120,7 @@ def fit_flow(
         split = split_rows(x, flow, validation, context)
         if flow.whitens and not flow.whitening.is_fitted and origin.is_new:
             flow.whiten(*in_parts(_sample_of(split.training, flow), flow))
+        current().give(flow)
         score = Validation(flow, split.validation)
         origin.add({"rows": len(split.training), "data": score.digest})
         fitting = Fitting(flow, plans, objectives, split.batches(batch_size, flow), score, origin)
@@ -246,6 +248,8 @@ def split_rows(x: Any, flow: Fittable, validation: float | Any, context: Any = N
     context: one for each row, where the flow takes any; validation is then a share, or a pair of
     rows and contexts.
     """
+    if isinstance(x, Distribution):
+        return _split_law(x, flow, validation, context)
     if flow.context or context is not None:
         x, validation = _with_contexts(x, context, validation, flow)
         width = flow.dim + flow.context
@@ -261,13 +265,9 @@ def split_rows(x: Any, flow: Fittable, validation: float | Any, context: Any = N
         flow.support.refuse_outside(rows[:, : flow.dim])
     if len(rows) < LEAST_ROWS:
         raise InputError(f"x has {len(rows)} rows; a density needs at least {LEAST_ROWS}")
-    if not (isinstance(validation, Real) or validation is None):
-        own = as_rows(validation, width, name="validation", dtype=flow.dtype)
-        flow.support.refuse_outside(own[:, : flow.dim], "validation")
-        return Split(rows, own)
-    share = math.nan if validation is None else float(validation)
-    if not 0 < share < 1:
-        raise InputError(f"validation must be a share between 0 and 1 or rows, got {validation!r}")
+    if not _is_share(validation):
+        return Split(rows, _own_validation(validation, width, flow))
+    share = float(validation)
     count = max(2, round(share * len(rows)))
     if len(rows) - count < LEAST_ROWS // 2:
         raise InputError(
@@ -279,6 +279,40 @@ def split_rows(x: Any, flow: Fittable, validation: float | Any, context: Any = N
         return Split(rows, as_rows(rows[chosen.sort().values.numpy()], flow.dim, dtype=flow.dtype))
     order = torch.randperm(len(rows))
     return Split(rows[order[count:]], rows[order[:count]])
+
+
+def _is_share(validation: Any) -> bool:
+    """Whether it is a share of the rows, not rows; raises InputError for a share of none or all."""
+    if not (isinstance(validation, Real) or validation is None):
+        return False
+    if validation is None or not 0 < float(validation) < 1:
+        raise InputError(f"validation must be a share between 0 and 1 or rows, got {validation!r}")
+    return True
+
+
+def _own_validation(validation: Any, width: int, flow: Fittable) -> Tensor:
+    own = as_rows(validation, width, name="validation", dtype=flow.dtype)
+    flow.support.refuse_outside(own[:, : flow.dim], "validation")
+    return own
+
+
+def _split_law(law: Distribution, flow: Fittable, validation: Any, context: Any) -> Split:
+    """The law to draw every batch from, and rows of it to validate on."""
+    if flow.context or context is not None:
+        raise InputError(
+            "a conditional flow is fitted to rows and their contexts, not to a distribution; draw "
+            "both and give fit(x, context)"
+        )
+    rows = _drawn_rows(law, VALIDATION_ROWS, flow)
+    flow.support.refuse_outside(rows)
+    own = rows if _is_share(validation) else _own_validation(validation, flow.dim, flow)
+    return Split(law, own)
+
+
+def _drawn_rows(law: Distribution, count: int, flow: Fittable) -> Tensor:
+    """Fresh rows of a law, (count, dim), on the CPU and of the flow's precision."""
+    with torch.no_grad():
+        return as_rows(law.sample(torch.Size([count])), flow.dim, dtype=flow.dtype, device="cpu")
 
 
 def _with_contexts(x: Any, context: Any, validation: Any, flow: Fittable) -> tuple[Tensor, Any]:
@@ -310,16 +344,30 @@ class _Drawn:
     """Batches of rows of a memory map, drawn at random: an order of all would not fit in memory."""
 
     def __init__(self, rows: np.ndarray, size: int, flow: Fittable) -> None:
-        self._rows, self._size, self._flow = rows, size, flow
+        self._rows, self._flow, self._ranks = rows, flow, current()
+        self._size = self._ranks.batch_size(size)
 
     def __call__(self) -> Tensor:
         chosen = torch.randint(len(self._rows), (self._size,)).sort().values
+        chosen = chosen[self._ranks.share(self._size)]
         flow = self._flow
         block = self._rows[chosen.numpy()]
         return as_rows(block, flow.dim, dtype=flow.dtype, device=flow.device)
 
 
-def _sample_of(rows: Tensor | np.ndarray, flow: Fittable) -> Tensor:
+class _Fresh:
+    """Batches that a law draws anew, so that no row is ever seen twice."""
+
+    def __init__(self, law: Distribution, size: int, flow: Fittable) -> None:
+        self._law, self._size, self._flow = law, size, flow
+
+    def __call__(self) -> Tensor:
+        return _drawn_rows(self._law, self._size, self._flow).to(self._flow.device)
+
+
+def _sample_of(rows: Tensor | np.ndarray | Distribution, flow: Fittable) -> Tensor:
+    if isinstance(rows, Distribution):
+        return _drawn_rows(rows, WHITENING_ROWS, flow)
     count = min(WHITENING_ROWS, len(rows))
     # at random: rows that came with validation rows of their own may be sorted
     chosen = np.sort(np.random.default_rng(0).choice(len(rows), count, replace=False))

@@ -30,6 +30,7 @@ from cnf.ode.gradient.problem import Gradient
 from cnf.ode.integrate import Stats
 from cnf.ode.method import Method
 from cnf.ode.tableau import Tableau
+from cnf.training.ranks import row_noise
 from cnf.training.seed import seeded
 
 TO_BASE, TO_DATA = (1.0, 0.0), (0.0, 1.0)
@@ -210,7 +211,9 @@ class Transport(nn.Module):
             return context
         given = torch.ones_like(context[:, :1])
         if withheld:
-            given = (torch.rand_like(given) >= withheld).to(context.dtype)
+            kind = {"dtype": given.dtype, "device": given.device}
+            chances = row_noise(len(given), lambda rows: torch.rand(rows, 1, **kind))
+            given = (chances >= withheld).to(context.dtype)
         return torch.cat([context * given, given], 1)
 
     @property

@@ -23,6 +23,7 @@ import torch
 from cnf.error import InputError
 from cnf.replace import replacing
 from cnf.training.loop import Progress
+from cnf.training.ranks import current
 
 FORMAT = 2  # of the file; raised when an older reader would misread it
 MAGIC = b"cnf snapshot "  # a file is: magic, format, digest of the rest, and the rest by torch.save
@@ -94,7 +95,10 @@ class Snapshots:
 
         state: tensors and plain values, nested; device: whose random numbers are used besides the
         CPU's.  Raises OSError where it cannot be written; what was there stays.
+        Of ranks that train together the first one writes: all have the same state.
         """
+        if not current().is_first:
+            return
         random = {"cpu": torch.get_rng_state()}
         if device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(device)
@@ -147,20 +151,22 @@ class Snapshots:
         which then raise KeyboardInterrupt.  Raises InputError where what was kept is of another
         training.
         """
-        self._take_up(training, device)
+        self.take_up(training, device)
         due, is_new = Interval(self.every), self.begun is None
         with postponed_signals() as is_asked_to_stop, closing(iter(training)) as records:
             for record in records:
                 yield record
-                stops = is_asked_to_stop()
+                stops = current().any(is_asked_to_stop())
                 if is_new or stops or training.is_done or due.is_over():
                     self.write(training.state_dict(), device)
                     is_new = False
                 if stops:
                     raise KeyboardInterrupt
 
-    def _take_up(self, training: Resumable, device: torch.device) -> None:
-        """Let the training go on from what was kept, with the random state of then."""
+    def take_up(self, training: Resumable, device: torch.device) -> None:
+        """Let the training go on from what was kept, if there is anything, with the random state of
+        then.  Raises InputError where it is of another training.
+        """
         if self.begun is None:
             return
         try:
