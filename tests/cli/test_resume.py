@@ -369,10 +369,12 @@ def test_a_claim_and_its_resumption_hold_the_lock(tmp_path: Path) -> None:
 
 
 def test_what_a_run_left_that_never_began_may_be_overwritten(tmp_path: Path) -> None:
-    for name in (folder.STEPS, LOCK):
+    for name in (folder.STEPS, LOCK, ".torn.tmp"):
         (tmp_path / name).touch()
     with claimed_folder(str(tmp_path), True) as run:
         assert run.path == tmp_path
+        run.begin({})
+    assert names(tmp_path) == {folder.STEPS, folder.CONFIG}
 
 
 # kill -9 ------------------------------------------------------------------------------------------
