@@ -224,7 +224,7 @@ def test_a_run_that_was_killed_ends_bit_for_bit_alike(tmp_path: Path) -> None:
     run = subprocess.Popen(
         command("killed", "--save-every", "0.01"), cwd=tmp_path, env=here, stderr=subprocess.PIPE
     )
-    steps, end = tmp_path / "killed" / folder.STEPS, time.monotonic() + 60
+    steps, end = tmp_path / "killed" / folder.STEPS, time.monotonic() + 600
     while run.poll() is None and time.monotonic() < end:
         if steps.exists() and steps.read_text().count("\n") > 20:
             break
