@@ -1,4 +1,4 @@
-"""The trained classifiers that a figure or a table is made of: read where finished, else trained."""
+"""The trained classifiers that a figure or a table is made of: read if finished, else trained."""
 
 from __future__ import annotations
 

@@ -84,8 +84,8 @@ Measure here what Chen et al. 2018 showed: a table or a figure, with the numbers
 
 --quick takes small nets, 8 x 8 digits and few steps, a few minutes at most; else the nets are the
 paper's, and table1 trains for hours: each training has a run folder in --out, and the command goes
-on where it stopped.  Rows may be trained side by side, with --train-only; --no-training tells what is
-finished, and measures memory and time.
+on where it stopped.  Rows may be trained side by side, with --train-only; --no-training tells what
+is finished, and measures memory and time.
 """
 
 REPRODUCE_EXAMPLES = """\

@@ -44,5 +44,5 @@ def test_growth_is_that_of_the_deepest() -> None:
 
 
 def test_a_process_that_fails_is_one_sentence() -> None:
-    with pytest.raises(InputError, match="at depth 0 could not be measured .*is there memory"):
+    with pytest.raises(InputError, match=r"at depth 0 could not be measured .*is there memory"):
         footprint._asked(request(SETTINGS, 0, timed=0), {})

@@ -25,9 +25,9 @@ from cnf.ode.switching import Switching
 from cnf.ode.trajectory import Steps
 
 Bars = Sequence[Tensor]
-# of the state's size, between the two that should agree: of adaptive steps, by tolerances and, where
-# these are loose, in all; of fixed steps, which may be as coarse as one likes, and times what
-# the first step alone parts them by
+# what y and z may part by, of the state's size: in adaptive steps 1,000 tolerances, or where these
+# are loose a twentieth or 20 of them; in fixed steps, which may be as coarse as one likes, a half,
+# or ten times what the first step alone parts them by, for each step
 ADAPTIVE_APART, FEW_TOLERANCES, MANY_TOLERANCES = 0.05, 20.0, 1000.0
 FIXED_APART, MOST_STEPS = 0.5, 10.0
 

@@ -1,0 +1,144 @@
+"""One training iteration of the paper's ODE-Net: ours beside torchdiffeq on the same net.
+
+    python benchmarks/odenet_step.py [--rounds 7] [--run RUN] [--width 64] [--batch 128]
+
+64 channels, 128 images of 28 × 28, dopri5 at 1e-3, forward and backward of the loss, float32.
+Stem, field and head are one and the same module for all; what differs is who solves the ODE.  --run
+takes the weights of a trained run of `cnf mnist classify`, else they are those of a new net.  Times
+are medians over rounds in which all take turns.  Memory is the peak of resident memory beyond what
+the process had before the iteration, each in a process of its own, in which glibc is told to map
+every large block, so that what is freed goes back at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+from rivals import available
+from timing import machine, medians
+from torch import Tensor, nn
+from torch.nn import functional
+
+import cnf
+from cnf.cli.classifier import read_classifier
+
+TOLERANCE = 1e-3
+MIB = 2**20
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+OURS = ("adjoint", "checkpoint", "reversible", "backprop")
+THEIRS = ("torchdiffeq adjoint", "torchdiffeq adjoint, seminorm", "torchdiffeq backprop")
+
+
+class Counted(nn.Module):
+    """A field that counts its evaluations."""
+
+    def __init__(self, field: nn.Module) -> None:
+        super().__init__()
+        self.field, self.calls = field, 0
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        return self.field(t, y)
+
+
+class Iteration:
+    """Forward and backward of one batch by one solver; nfe: evaluations there and back."""
+
+    def __init__(self, name: str, net: cnf.ODENet, batch: int) -> None:
+        torch.manual_seed(0)
+        self.images, self.labels = torch.rand(batch, 1, 28, 28), torch.randint(10, (batch,))
+        self.net, self.nfe = net, (0, 0)
+        self.field = Counted(net.block.field)
+        self._solve = self._theirs(name) if name.startswith("torchdiffeq") else self._ours(name)
+
+    def _ours(self, name: str) -> Callable[[Tensor], Tensor]:
+        return cnf.ODEBlock(self.field, method="dopri5", rtol=TOLERANCE, gradient=name)
+
+    def _theirs(self, name: str) -> Callable[[Tensor], Tensor]:
+        import torchdiffeq
+
+        solve = torchdiffeq.odeint if "backprop" in name else torchdiffeq.odeint_adjoint
+        settings = {"rtol": TOLERANCE, "atol": TOLERANCE, "method": "dopri5"}
+        if "seminorm" in name:
+            settings["adjoint_options"] = {"norm": "seminorm"}
+        times = torch.tensor([0.0, 1.0])
+        return lambda y: solve(self.field, y, times, **settings)[-1]
+
+    def __call__(self) -> None:
+        self.net.zero_grad()
+        self.field.calls = 0
+        logits = self.net.head(self._solve(self.net.features(self.images)))
+        loss = functional.cross_entropy(logits, self.labels)
+        forward = self.field.calls
+        loss.backward()
+        self.nfe = (forward, self.field.calls - forward)
+
+
+def net_of(run: str | None, width: int) -> cnf.ODENet:
+    """The net of the run, or a new one."""
+    if run is None:
+        torch.manual_seed(0)
+        return cnf.ODENet(width=width)
+    net, *_ = read_classifier(run)
+    return net
+
+
+def serve(name: str, arguments: argparse.Namespace) -> None:
+    """Print the bytes of one iteration, after one of two images that loads the libraries."""
+    net = net_of(arguments.run, arguments.width)
+    Iteration(name, net, 2)()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Iteration(name, net, arguments.batch)()
+    print(json.dumps(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)))
+
+
+def memory(name: str, arguments: argparse.Namespace) -> int:
+    """The bytes of one iteration in a process of its own."""
+    command = [sys.executable, __file__, "--serve", name, "--batch", str(arguments.batch)]
+    command += [
+        "--width",
+        str(arguments.width),
+        *(["--run", arguments.run] if arguments.run else []),
+    ]
+    environment = os.environ | MAPPED
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(found.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--run", help="a run of `cnf mnist classify`")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(arguments.serve, arguments)
+        return
+    print(machine(), flush=True)
+    names = (*OURS, *(THEIRS if available("torchdiffeq") else ()))
+    net = net_of(arguments.run, arguments.width)
+    runs = {name: Iteration(name, net, arguments.batch) for name in names}
+    seconds = medians(runs, arguments.rounds, warmup=1)
+    print(f"{'':32s}{'ms':>8s}{'ratio':>8s}{'NFE':>6s}{'back':>6s}{'MiB':>8s}")
+    for name, run in runs.items():
+        ratio = seconds[name] / seconds["adjoint"]
+        label = name if name in THEIRS else f"cnf {name}"
+        size = memory(name, arguments) / MIB
+        print(
+            f"{label:32s}{1e3 * seconds[name]:8.0f}{ratio:8.2f}{run.nfe[0]:6d}{run.nfe[1]:6d}"
+            f"{size:8.0f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
