@@ -14,7 +14,7 @@ from cnf.error import InputError
 from cnf.odenet.settings import Settings, chosen
 
 # arguments of `cnf mnist classify`
-FULL = ("--width", "64", "--stem", "residual", "--epochs", "8")
+FULL = ("--width", "64", "--stem", "residual", "--epochs", "8", "--lr", "4e-3")
 SOLVER = ("--method", "dopri5", "--rtol", "1e-3")  # of the nets with an ODE
 QUICK = (
     "--dataset", "digits", "--width", "8", "--stem", "fine", "--epochs", "8", "--batch-size", "64",
