@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -187,12 +188,12 @@ def _peak(device: torch.device) -> int | None:
     """The most bytes so far: of the device's memory, or of the process where it is the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # not on Windows
+    try:  # Linux; getrusage would tell the peak of the process that started this one, if higher
+        status = Path("/proc/self/status").read_text()
+    except OSError:
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    found = re.search(r"VmHWM:\s*(\d+) kB", status)
+    return None if found is None else 1024 * int(found[1])
 
 
 if __name__ == "__main__":
