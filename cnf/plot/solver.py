@@ -116,12 +116,16 @@ def adjoint_figure(
     for key, color in (("to_ode", DATA), ("adjoint", MODEL)):
         right.loglog(counts, [row[key] for row in rows], color=color, linewidth=1.6, marker="o",
                      markersize=4)  # fmt: skip
-    for key, text, color, side in (
-        ("to_ode", "chain rule, to the ODE's a(0)", DATA, "bottom"),
-        ("adjoint", "adjoint by Euler, to the chain rule", MODEL, "top"),
+    middle = rows[len(rows) // 2]
+    for key, text, color, above in (
+        ("adjoint", "adjoint by Euler, to the chain rule", MODEL, True),
+        ("to_ode", "chain rule, to the ODE's a(0)", DATA, False),
     ):
-        right.annotate(text, (counts[0], rows[0][key]), xytext=(0, 7 if side == "bottom" else -7),
-                       textcoords="offset points", color=color, fontsize=8, va=side)  # fmt: skip
+        right.annotate(
+            text, (middle["layers"], middle[key]), xytext=(6, 5) if above else (-6, -5),
+            textcoords="offset points", color=color, fontsize=8,
+            ha="left" if above else "right", va="bottom" if above else "top",
+        )  # fmt: skip
     right.set_xlabel("layers", color=QUIET, fontsize=9)
     return figure
 
