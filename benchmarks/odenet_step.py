@@ -5,10 +5,10 @@
 64 channels, 128 images of 28 × 28, dopri5 at 1e-3, forward and backward of the loss, float32.
 Stem, field and head are one and the same module for all; what differs is who solves the ODE.  --run
 takes the net of a trained run of `cnf mnist classify` and images that were held back from it, else
-the net is new and the images are noise.  The error is that of the gradient by the features, to
-checkpoint's at a tolerance of 1e-7.  Times are medians over rounds in which all take turns.  Memory is the peak of resident memory beyond what
-the process had before the iteration, each in a process of its own, in which glibc is told to map
-every large block, so that what is freed goes back at once.
+the net is new and the images are noise.  Times are medians over rounds in which all take turns.
+Memory is the peak of resident memory beyond what the process had before the iteration, each in a
+process of its own, in which glibc is told to map every large block, so that what is freed goes back
+at once.  The error is that of the gradient by the features, to checkpoint's at a tolerance of 1e-7.
 """
 
 from __future__ import annotations
