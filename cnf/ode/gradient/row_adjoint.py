@@ -82,7 +82,7 @@ def _interval(
     totals: list[Tensor | None],
 ) -> list[Tensor]:
     """The adjoint at the start of one interval; adds the named tensors' gradients to `totals`."""
-    width, size = len(y), job.settings.size
+    width, size = len(y), job.settings.unit
     scale, units = sized(bars, row_rms, size)
     augmented = Augmented(field, (), tuple(units[width:]), job.stats, width, set())
     adjoint = way_back(job.problem, augmented, span)
