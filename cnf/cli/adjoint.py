@@ -79,7 +79,7 @@ def adjoints(out: Path, arguments: Namespace) -> dict[str, Any]:
     return {"figure": str(path), "rows": rows}
 
 
-def chain_rule(field: nn.Module, z0: Tensor, layers: int) -> Chain:
+def chain_rule(field: Layer, z0: Tensor, layers: int) -> Chain:
     """Gradients of the residual net z_{k+1} = z_k + h f(t_k, z_k), layer by layer."""
     h = END / layers
     states = [z0.clone().requires_grad_()]
@@ -90,7 +90,7 @@ def chain_rule(field: nn.Module, z0: Tensor, layers: int) -> Chain:
     return Chain(torch.stack(by_state), by_weight)
 
 
-def euler_adjoint(field: nn.Module, z0: Tensor, layers: int) -> tuple[Tensor, Tensor]:
+def euler_adjoint(field: Layer, z0: Tensor, layers: int) -> tuple[Tensor, Tensor]:
     """Gradients by z0 and by the weights by the continuous adjoint, with Euler's steps."""
     block = ODEBlock(field, (0.0, END), method="euler", step_size=END / layers, gradient="adjoint")
     start = z0.clone().requires_grad_()

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,12 @@ class Footprint:
     bytes: tuple[float | None, ...]
     seconds: tuple[float, ...]
     machine: str
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Footprint:
+        """What was written as JSON, where tuples are lists."""
+        lists = {name: tuple(stored[name]) for name in ("depths", "bytes", "seconds")}
+        return cls(stored["unit"], machine=stored["machine"], **lists)
 
     def growth(self, values: Sequence[float | None]) -> float | None:
         """What one more block or evaluation takes, 0 where that is next to nothing."""
@@ -123,7 +130,7 @@ def measured(request: dict[str, Any]) -> dict[str, Any]:
     net = _of_depth(settings, request).to(device)
     iteration = _Iteration(net, settings, request, device)
     iteration.run(2)  # what is loaded and chosen at the first use
-    before = _peak(device)
+    before = _lowered_peak(device)
     iteration.run(settings.batch_size)
     after = _peak(device)
     seconds = [iteration.run(settings.batch_size) for _ in range(request["timed"])]
@@ -182,6 +189,16 @@ def _machine(device: torch.device) -> str:
     return (
         f"{os.cpu_count()} CPU cores ({platform.machine()}), {threads} thread{'s'[: threads > 1]}"
     )
+
+
+def _lowered_peak(device: torch.device) -> int | None:
+    """The same, once it has been brought down to what is held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+    return _peak(device)
 
 
 def _peak(device: torch.device) -> int | None:

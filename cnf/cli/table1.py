@@ -179,8 +179,7 @@ def _footprint(
     key = f"{row}, {arguments.device}, {arguments.threads or 'all'} threads"
     asked = asdict(settings) | {"seed": 0, "epochs": 0, "steps": None}
     if key in known and known[key]["settings"] == _plain(asked):
-        one = known[key]["footprint"]
-        return Footprint(**{k: tuple(v) if isinstance(v, list) else v for k, v in one.items()})
+        return Footprint.from_json(known[key]["footprint"])
     if not wanted:
         return None
     tell(arguments, f"measuring an iteration of {row} at several depths")
