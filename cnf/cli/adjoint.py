@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cnf.cli.finished import tell
+from cnf.cli.training import tell
 from cnf.ode.sensitivity import adjoint_state
 from cnf.odenet.block import ODEBlock
 from cnf.plot import adjoint_figure, save_figure

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnf.cli.finished import tell
+from cnf.cli.training import tell
 from cnf.ode.solution import solve
 from cnf.plot import polygon_figure, save_figure
 

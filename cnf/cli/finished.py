@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 from cnf.cli import classify
 from cnf.cli.classifier import settings_of
 from cnf.cli.folder import CONFIG, FIGURES, MODEL, SNAPSHOT, read_json
+from cnf.cli.training import tell
 from cnf.error import InputError
 from cnf.odenet.settings import Settings, chosen
+from cnf.training.snapshot import Snapshots
 
 # arguments of `cnf mnist classify`
 FULL = ("--width", "64", "--stem", "residual", "--epochs", "8", "--lr", "4e-3")
@@ -54,7 +55,7 @@ def finished(folder: Path, told: tuple[str, ...], arguments: Namespace) -> dict[
     if known is not None:
         return known
     wanted = _parsed(folder, told)
-    wanted.resume = (folder / CONFIG).is_file() and (folder / SNAPSHOT).is_file()
+    wanted.resume = (folder / CONFIG).is_file() and Snapshots(folder / SNAPSHOT).exist
     wanted.overwrite = not wanted.resume  # one that was killed before its first snapshot
     tell(arguments, f"{'going on with' if wanted.resume else 'training'} {folder}")
     return classify.classified(wanted)
@@ -64,9 +65,3 @@ def _parsed(folder: Path, told: tuple[str, ...]) -> Namespace:
     from cnf.cli.parser import parse
 
     return parse(["mnist", "classify", *told, "--out", str(folder), "--quiet"], "")
-
-
-def tell(arguments: Namespace, message: str) -> None:
-    """Print a message on stderr, unless it is to be quiet."""
-    if not arguments.quiet:
-        print(message, file=sys.stderr)

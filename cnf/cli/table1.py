@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from cnf.cli.finished import SOLVER, figures_of, finished, given, settings_for, tell
+from cnf.cli.finished import SOLVER, figures_of, finished, given, settings_for
 from cnf.cli.folder import CONFIG, json_text, read_json
 from cnf.cli.footprint import Footprint, footprint
+from cnf.cli.training import tell
 from cnf.error import InputError
 from cnf.odenet.network import parameter_count
 from cnf.odenet.recipe import build
