@@ -74,10 +74,13 @@ def _run_folder(out: Path, arguments: Namespace) -> Path:
 
 @torch.no_grad()
 def _exact(net: ODENet, features: Tensor) -> Tensor:
-    """Where the ODE ends, in double precision, to which the tolerances are compared."""
+    """Where the ODE ends, in double precision, to which the tolerances are compared.
+
+    A hundredth of the smallest is enough, and kinks make less of it long.
+    """
     block = copy.deepcopy(net.block).double()
     block.gradient = "checkpoint"
-    with block.using(method="dopri8", rtol=1e-9):
+    with block.using(method="dopri5", rtol=1e-7):
         return block(features.double())
 
 
