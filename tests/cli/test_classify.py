@@ -90,6 +90,7 @@ def test_figures_are_those_of_the_stored_net(finished: Path) -> None:
     test = judge(net, parts.test_images, parts.test_labels)
     assert figures["test_error"] == test.error
     assert figures["confusion"] == test.confusion.tolist()
+    assert figures["wrong"] == (test.predictions != parts.test_labels).nonzero()[:, 0].tolist()
     assert sum(map(sum, figures["confusion"])) == figures["rows"]["test"] == 270
     assert figures["nfe"] == figures["nfe_backward"] == 2
     assert figures["solvers"].keys() == SOLVERS.keys()
