@@ -51,7 +51,8 @@ class Measurement:
         mean, covariance = PRIOR.mean, PRIOR.covariance_matrix
         precision = PRIOR.precision_matrix + design.mT @ design / NOISE**2
         pulled = torch.einsum("gij,...i->...gj", design, x) / NOISE**2
-        centre = torch.linalg.solve(precision, pulled + PRIOR.precision_matrix @ mean)
+        pulled = pulled + PRIOR.precision_matrix @ mean
+        centre = torch.linalg.solve(precision, pulled.unsqueeze(-1)).squeeze(-1)
         spread = design @ covariance @ design.mT + NOISE**2 * torch.eye(3)
         evidence = MultivariateNormal(design @ mean, spread).log_prob(x.unsqueeze(-2))
         parts = MultivariateNormal(centre, precision_matrix=precision)
