@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 if not DOCS.is_dir():
     pytest.skip("the documentation is not part of the package", allow_module_level=True)
-PAGES = {path.name: path for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))}
+ROOT_PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md")
+PAGES = {path.name: path for path in (*ROOT_PAGES, *sorted(DOCS.glob("*.md")))}
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
 FENCE = re.compile(r"^( *)```(\S*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 
@@ -73,6 +74,8 @@ def brief(monkeypatch, tmp_path):
     """Fits of a few steps, whatever a page says; results in a folder that goes."""
     for name in ("fit", "fit_to_density"):
         monkeypatch.setattr(cnf.Flow, name, shortened(getattr(cnf.Flow, name)))
+    monkeypatch.setattr("cnf.flow.check.CELLS", 40)
+    monkeypatch.setattr("cnf.flow.check.ROWS", 10)
     monkeypatch.chdir(tmp_path)
     matplotlib.use("Agg")
 
@@ -91,8 +94,14 @@ def shortened(fit: Any) -> Any:
 
 def runnable(name: str) -> list[str]:
     skipped = LATER.get(name)
-    return [block for block in blocks(name, ("python",))
+    return [small(block) for block in blocks(name, ("python",))
             if skipped is None or not re.search(skipped, block)]  # fmt: skip
+
+
+def small(code: str) -> str:
+    """The code with few rows, and few steps of a loop of one's own."""
+    code = re.sub(r"\b\d+_000\b", "300", code)
+    return re.sub(r"(range\(|steps = )\d{3,}", r"\g<1>3", code)
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES if runnable(name)])
