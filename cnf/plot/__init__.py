@@ -32,6 +32,7 @@ __all__ = [
     "MODEL",
     "QUIET",
     "Extent",
+    "calibration_figure",
     "cell_centres",
     "classifier_figure",
     "comparison_figure",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import inspect
+import json
 import math
 import re
 import shlex
@@ -116,6 +117,20 @@ def test_the_doctests_of_a_page_pass(name, brief):
     text = "\n\n".join(blocks(name, ("pycon",)))
     case = doctest.DocTestParser().get_doctest(text, some(name), name, name, 0)
     assert doctest.DocTestRunner(verbose=False).run(case).failed == 0
+
+
+TUTORIALS = sorted(path.name for path in DOCS.glob("*.ipynb") if path.name != "mnist_odenet.ipynb")
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_the_code_of_a_tutorial_runs(name, brief, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    cells = json.loads((DOCS / name).read_text(encoding="utf-8"))["cells"]
+    names: dict[str, Any] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            lines = [line for line in cell["source"] if not line.startswith("%")]
+            exec(compile(small("".join(lines)), name, "exec"), names)
 
 
 def test_what_is_left_out_is_on_the_page():
