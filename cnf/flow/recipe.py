@@ -4,7 +4,6 @@ start, then maximum likelihood.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import warnings
