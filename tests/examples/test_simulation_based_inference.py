@@ -53,7 +53,7 @@ def test_with_its_defaults_it_is_calibrated_among_two_thousand_truths(gains):
     )
     assert found.exact.passed
     assert found.calibration.passed, str(found.calibration)
-    assert -3 * found.gap_error < found.gap < 0.02
+    assert -3 * found.gap_error < found.gap < 0.05
 
 
 def test_the_script_prints_ranks_coverage_and_gap(monkeypatch, tmp_path, capsys):
