@@ -94,6 +94,9 @@ FIGURES = {
     "comparison": lambda: plot.comparison_figure(
         [[normal_grid(20), normal_grid(30)]] * 3, EXTENT, "ab", "xyz", [["", "0.1 nats"]] * 3
     ),
+    "calibration": lambda: plot.calibration_figure(
+        np.arange(200).reshape(-1, 2) % 20, np.arange(100) % 20, 19, ["a", "b"], 10
+    ),
     "field that stands still": lambda: field(2, velocities=np.zeros((2, 5, 5, 2))),
     "classifier": lambda: plot.classifier_figure(
         np.arange(40),

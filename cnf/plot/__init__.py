@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cnf.plot.animation import flow_frames, save_animation
+from cnf.plot.calibration import calibration_figure
 from cnf.plot.comparison import comparison_figure, histogram_log_density
 from cnf.plot.confusion import confusion_figure
 from cnf.plot.course import cell_centres, extent_of, field_figure, trajectory_figure
@@ -32,6 +33,7 @@ __all__ = [
     "QUIET",
     "Extent",
     "adjoint_figure",
+    "calibration_figure",
     "cell_centres",
     "classifier_figure",
     "comparison_figure",
