@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,17 @@ import torch
 
 from cnf.cli.classifier import settings_of, write_classifier
 from cnf.cli.device import usable_device
-from cnf.cli.folder import CONFUSION, FIGURES, SNAPSHOT, TRAINING, json_text
+from cnf.cli.folder import (
+    CONFIG,
+    CONFUSION,
+    FIGURES,
+    MODEL,
+    SNAPSHOT,
+    TRAINING,
+    json_text,
+    read_json,
+)
+from cnf.cli.parser import parse
 from cnf.cli.training import (
     begun,
     config_of,
@@ -25,6 +36,7 @@ from cnf.cli.training import (
     tell,
     train_on,
 )
+from cnf.error import InputError
 from cnf.odenet.classification import (
     FINE,
     SOLVERS,
@@ -72,6 +84,23 @@ def classified(arguments: Namespace) -> dict[str, Any]:
         folder.write_json(FIGURES, figures)
         (folder.path / SNAPSHOT).unlink(missing_ok=True)
     return figures
+
+
+def finished(folder: Path, given: Sequence[str], arguments: Namespace) -> dict[str, Any]:
+    """The figures of a run in that folder, trained now unless it is finished already.
+
+    given: arguments of `cnf mnist classify`; a run that was stopped goes on.
+    Raises InputError where the folder holds a run of other settings.
+    """
+    wanted = parse(["mnist", "classify", *given, "--out", str(folder), "--quiet"], "")
+    if (folder / FIGURES).is_file() and (folder / MODEL).is_file():
+        settings = chosen(wanted.preset, given_settings(wanted))
+        if settings_of(read_json(folder / CONFIG)["settings"]) != settings:
+            raise InputError(f"{folder} holds a run of other settings; choose another --out")
+        return read_json(folder / FIGURES)
+    wanted.resume = (folder / CONFIG).is_file() and (folder / SNAPSHOT).is_file()
+    tell(arguments, f"{'going on with' if wanted.resume else 'training'} {folder}")
+    return classified(wanted)
 
 
 # --- what to do -----------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -16,13 +15,13 @@ import torch
 from torch import Tensor
 
 from cnf.cli import classify, fig4, fig5
-from cnf.cli.classifier import read_classifier, settings_of
-from cnf.cli.folder import CONFIG, FIGURES, MODEL, SNAPSHOT, STEPS, json_text, read_json
+from cnf.cli.classifier import read_classifier
+from cnf.cli.folder import STEPS, json_text
+from cnf.cli.training import tell
 from cnf.error import InputError
 from cnf.ode.solution import solve
 from cnf.odenet.network import ODENet
 from cnf.odenet.recipe import images_of, split
-from cnf.odenet.settings import chosen
 from cnf.plot import cost_figure, polygon_figure, save_figure
 from cnf.replace import replacing
 
@@ -75,7 +74,7 @@ def polygons(out: Path, arguments: Namespace) -> dict[str, Any]:
         {name: (t.numpy(), y.numpy()) for name, (t, y) in drawn.items()}, errors,
     )  # fmt: skip
     path = save_figure(figure, out / "fig2.png")
-    _tell(arguments, f"drawn in {path}")
+    tell(arguments, f"drawn in {path}")
     return {"figure": str(path), "errors": errors}
 
 
@@ -105,7 +104,7 @@ def costs(out: Path, arguments: Namespace) -> dict[str, Any]:
     """
     run_folder = out / "odenet"
     given = (*_base(arguments), *TABLE_ODE, "--gradient", "adjoint")
-    _finished(run_folder, given, arguments)
+    classify.finished(run_folder, given, arguments)
     net, settings, _ = read_classifier(run_folder)
     assert isinstance(net, ODENet)
     data = images_of(settings.dataset, arguments.data, not arguments.data)
@@ -116,7 +115,7 @@ def costs(out: Path, arguments: Namespace) -> dict[str, Any]:
     steps = [record for record in _records(run_folder / STEPS) if record["nfe"] is not None]
     trained = [(record["step"], record["nfe"]) for record in steps]
     path = save_figure(cost_figure(measured, trained), out / "fig3.png")
-    _tell(arguments, f"drawn in {path}")
+    tell(arguments, f"drawn in {path}")
     thinned = trained[:: max(1, len(trained) // 200)]
     return {"figure": str(path), "costs": measured, "training": thinned}
 
@@ -153,7 +152,7 @@ def table(out: Path, arguments: Namespace) -> dict[str, Any]:
     for row in arguments.rows or ROWS:
         runs = [_row(out, row, seed, arguments) for seed in range(arguments.seeds)]
         found[row] = _summary(runs)
-        _tell(arguments, _told(row, found[row]))
+        tell(arguments, _told(row, found[row]))
     if not arguments.json:
         print("\n".join([HEADER, *(_told(row, one) for row, one in found.items())]))
     return {"rows": found}
@@ -164,7 +163,7 @@ def _row(out: Path, row: str, seed: int, arguments: Namespace) -> dict[str, Any]
         raise InputError(f"{row!r} is no row of the table; known are {', '.join(ROWS)}")
     ode = TABLE_ODE if row.startswith(("odenet", "rk-net")) else ()
     given = (*_base(arguments), *ode, *ROWS[row], "--seed", str(seed))
-    return _finished(out / f"{row}-{seed}", given, arguments)
+    return classify.finished(out / f"{row}-{seed}", given, arguments)
 
 
 def _base(arguments: Namespace) -> tuple[str, ...]:
@@ -207,30 +206,10 @@ def _told(row: str, one: dict[str, Any]) -> str:
 # --- runs -----------------------------------------------------------------------------------------
 
 
-def _finished(folder: Path, given: tuple[str, ...], arguments: Namespace) -> dict[str, Any]:
-    """The figures of a run in that folder, trained now unless it is finished already."""
-    from cnf.cli.parser import parse
-
-    wanted = parse(["mnist", "classify", *given, "--out", str(folder), "--quiet"], "")
-    if (folder / FIGURES).is_file() and (folder / MODEL).is_file():
-        settings = chosen(wanted.preset, classify.given_settings(wanted))
-        if settings_of(read_json(folder / CONFIG)["settings"]) != settings:
-            raise InputError(f"{folder} holds a run of other settings; choose another --out")
-        return read_json(folder / FIGURES)
-    wanted.resume = (folder / CONFIG).is_file() and (folder / SNAPSHOT).is_file()
-    _tell(arguments, f"{'going on with' if wanted.resume else 'training'} {folder}")
-    return classify.classified(wanted)
-
-
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a run's steps."""
     with path.open(encoding="utf-8") as file:
         yield from map(json.loads, file)
-
-
-def _tell(arguments: Namespace, message: str) -> None:
-    if not arguments.quiet:
-        print(message, file=sys.stderr)
 
 
 MAKERS: dict[str, Callable[[Path, Namespace], dict[str, Any]]] = {
