@@ -128,7 +128,7 @@ FIGURES = {
     "images": lambda: plot.images_figure(
         points(30, 784), (1, 28, 28), 6, 255, [str(i) for i in range(5)], ["drawn", "nearest"], "a"
     ),
-    "images of colour without words": lambda: plot.images_figure(points(3, 48), (3, 4, 4), 2),
+    "images of colour without words": lambda: plot.images_figure(points(24, 48), (3, 4, 4), 4),
 }
 
 

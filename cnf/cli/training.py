@@ -1,4 +1,4 @@
-"""A training in a run folder: begun or gone on with, shown, and put down when it is asked to stop."""
+"""A training in a run folder: begun or gone on with, shown, put down when it is asked to stop."""
 
 from __future__ import annotations
 

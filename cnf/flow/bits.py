@@ -50,8 +50,8 @@ class Bits:
 def measured_bits(bounds: Bounds, dim: int, draws: int = 1, exact: bool = False) -> Bits:
     """The bits per dimension of the images whose log-probability `bounds` bounds.
 
-    bounds(i, j): for draws i of the dequantization noise and j of the trace's, (images,), in nats of
-    whole-number pixels; dim: pixels of an image; exact: whether j does not matter.
+    bounds(i, j): for draws i of the dequantization noise and j of the trace's, (images,), in nats
+    of whole-number pixels; dim: pixels of an image; exact: whether j does not matter.
     With several draws every pair of draw and image is evaluated twice, with the trace's noise anew,
     unless the trace is exact: see `weighted_bound`.
     """

@@ -1,8 +1,8 @@
 """Which images are unlike the data: scores made of log-densities, and what the scores are worth.
 
-A density alone does not tell: smooth images may be more probable than any real one, where p is high
-and there is hardly any volume.  So there are scores that look at both sides, or at how much an image
-has to say.
+A density alone does not tell: smooth images may be more probable than any real one, where p is
+high and there is hardly any volume.  So there are scores that look at both sides, or at how much
+an image has to say.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Roc(NamedTuple):
 
 
 def roc(data: Tensor, outliers: Tensor) -> Roc:
-    """The curve of scores of data (n,) and of outliers (m,), of which the outliers' are to be higher.
+    """The curve of scores of data (n,) and of outliers (m,), whose scores are to be higher.
 
     Ties count half.  Source: Hanley and McNeil 1982, equations 1 and 2.
     """

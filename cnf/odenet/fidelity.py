@@ -1,4 +1,4 @@
-"""What a classifier finds in drawn images: are they recognized, how varied, how near to real ones?"""
+"""What a classifier finds in drawn images: are they recognized, varied, near to real ones?"""
 
 from __future__ import annotations
 

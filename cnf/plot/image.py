@@ -75,8 +75,8 @@ def images_figure(
 ) -> Figure:
     """One grid of images, with words beside its rows and above its columns.
 
-    images, shape, columns, peak: see `image_grid`; rows, heads: a word for each row from the top and
-    for each column from the left, "" for none.
+    images, shape, columns, peak: see `image_grid`; rows, heads: a word for each row from the top
+    and for each column from the left, "" for none.
     """
     grid = image_grid(images, shape, columns, peak)
     height, width = shape[-2:]

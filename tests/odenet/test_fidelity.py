@@ -70,9 +70,9 @@ def test_nearest_finds_the_image_itself_and_the_distance_to_others() -> None:
     others = pictures(0.0, 0.2, 0.5, 0.9)
     distances, indices = nearest(others, others, 2)
     assert indices[:, 0].tolist() == [0, 1, 2, 3]
-    assert distances[:, 0] == pytest.approx(torch.zeros(4), abs=1e-3)
-    expected = (others[0] - others[1]).norm()
-    assert indices[0, 1] == 1 and distances[0, 1] == pytest.approx(expected, rel=1e-4)
+    assert distances[:, 0].tolist() == pytest.approx([0.0] * 4, abs=1e-3)
+    expected = (others[0] - others[1]).norm().item()
+    assert indices[0, 1] == 1 and distances[0, 1].item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_nearest_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
