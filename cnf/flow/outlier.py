@@ -72,12 +72,16 @@ def roc(data: Tensor, outliers: Tensor) -> Roc:
             raise InputError(f"{name} must be scores that are numbers, one or more of them")
     data, outliers = data.double().sort().values, outliers.double().sort().values
     thresholds = torch.cat([data, outliers]).unique().flip(0)
-    shares = [
-        torch.cat([one.new_zeros(1), 1 - torch.searchsorted(one, thresholds) / len(one)])
-        for one in (data, outliers)
-    ]
-    area = float(torch.trapezoid(shares[1], shares[0]))
-    return Roc(*shares, area, _area_error(area, len(data), len(outliers)))
+    false, true = (_reached(one, thresholds) for one in (data, outliers))
+    area = float(torch.trapezoid(true, false))
+    return Roc(false, true, area, _area_error(area, len(data), len(outliers)))
+
+
+def _reached(scores: Tensor, thresholds: Tensor) -> Tensor:
+    """The share of sorted scores at or above each threshold, and above infinity."""
+    return torch.cat(
+        [scores.new_zeros(1), 1 - torch.searchsorted(scores, thresholds) / len(scores)]
+    )
 
 
 def _area_error(area: float, data: int, outliers: int) -> float:
