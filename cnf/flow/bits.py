@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -16,31 +16,38 @@ from cnf.flow.report import mean_and_error, measured
 Bounds = Callable[[int, int], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bits:
     """Bits per dimension of images under a flow; both figures are upper bounds in the mean.
 
-    bits: the mean over images and draws of the dequantization noise; error: its standard error over
-    images, draws and the trace's noise, of which image_error is that over images alone and
-    draw_error, None of a single draw, the rest; weighted: the importance-weighted bound of `draws`
-    draws, None of a single one, with its own error.
+    value: the mean over images and draws of the dequantization noise, and float(bits);
+    standard_error: its own, over images, draws and the trace's noise, of which image_error is that
+    over images alone and draw_error, None of a single draw, the rest; per_image: the mean over
+    draws, (images,), in float64; weighted: the importance-weighted bound of `draws` draws, None of
+    a single one, with its own error.
     """
 
-    bits: float
-    error: float
+    value: float
+    standard_error: float
+    per_image: Tensor = field(repr=False)
     image_error: float
     draw_error: float | None
     weighted: float | None
     weighted_error: float | None
-    images: int
     draws: int
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures by name."""
-        return asdict(self)
+        """The figures by name, and how many images they are of."""
+        named = {one.name: getattr(self, one.name) for one in fields(self)}
+        del named["per_image"]
+        return {**named, "images": len(self.per_image)}
+
+    def __float__(self) -> float:
+        return self.value
 
     def __str__(self) -> str:
-        text = f"{measured(self.bits, self.error)}, an upper bound ({self.images:,} images)"
+        figure, count = measured(self.value, self.standard_error), len(self.per_image)
+        text = f"{figure}, an upper bound ({count:,} image{'s'[: count != 1]})"
         if self.weighted is None:
             return text
         weighted = measured(self.weighted, self.weighted_error)
@@ -65,7 +72,8 @@ def measured_bits(bounds: Bounds, dim: int, draws: int = 1, exact: bool = False)
 def of_bounds(first: Tensor, second: Tensor, dim: int) -> Bits:
     """The figures of bounds (draws, images) in nats, each evaluated twice."""
     bits = -(first + second) / (2 * dim * math.log(2))
-    mean, over_images = mean_and_error(bits.mean(0))
+    per_image = bits.mean(0)
+    mean, over_images = mean_and_error(per_image)
     over_draws = weighted = weighted_error = None
     if len(bits) > 1:
         _, over_draws = mean_and_error(bits.mean(1))
@@ -75,11 +83,11 @@ def of_bounds(first: Tensor, second: Tensor, dim: int) -> Bits:
     return Bits(
         mean,
         math.hypot(over_images, over_draws or 0.0),
+        per_image,
         over_images,
         over_draws,
         weighted,
         weighted_error,
-        images=bits.shape[1],
         draws=len(bits),
     )
 

@@ -20,9 +20,10 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def test_a_bound_in_nats_becomes_bits_a_dimension() -> None:
     found = measured_bits(lambda i, j: torch.full((5,), -8 * DIM * LOG2), DIM)
-    assert found.bits == pytest.approx(8.0)
-    assert (found.images, found.draws, found.weighted) == (5, 1, None)
-    assert found.error == pytest.approx(0.0)
+    assert found.value == float(found) == pytest.approx(8.0)
+    assert (len(found.per_image), found.draws, found.weighted) == (5, 1, None)
+    assert found.standard_error == pytest.approx(0.0)
+    assert found.as_dict()["images"] == 5 and "per_image" not in found.as_dict()
 
 
 def test_the_error_covers_images_draws_and_the_trace() -> None:
@@ -31,12 +32,14 @@ def test_the_error_covers_images_draws_and_the_trace() -> None:
     scale = DIM * LOG2
     assert found.image_error == pytest.approx(float(images.std()) / 20 / scale)
     assert found.draw_error == pytest.approx(float(by_draw.std()) / math.sqrt(6) / scale)
-    assert found.error == pytest.approx(math.hypot(found.image_error, found.draw_error or 0.0))
+    assert found.standard_error == pytest.approx(
+        math.hypot(found.image_error, found.draw_error or 0.0)
+    )
 
 
 def test_of_a_single_draw_the_error_is_that_over_images() -> None:
     found = measured_bits(lambda i, j: normal(50), DIM)
-    assert found.draw_error is None and found.error == found.image_error
+    assert found.draw_error is None and found.standard_error == found.image_error
 
 
 def test_the_noise_of_the_trace_is_drawn_twice_for_each_draw() -> None:
@@ -62,7 +65,7 @@ def test_exact_densities_give_the_logarithm_of_their_mean() -> None:
 def test_more_weighted_draws_are_a_tighter_bound() -> None:
     values = normal(16, 2000)
     bounds = [of_bounds(values[:k], values[:k], DIM).weighted for k in (2, 4, 16)]
-    unweighted = of_bounds(values, values, DIM).bits
+    unweighted = of_bounds(values, values, DIM).value
     assert bounds == sorted(bounds, reverse=True) and bounds[0] < unweighted
 
 
