@@ -30,7 +30,7 @@ Step = Callable[[], object]
 
 
 def drawn_stack(size: int, width: int, blocks: int) -> Multiscale:
-    """A stack whose last layers do not start at 0, but as torch's convolutions do; the seed is 0."""
+    """A stack whose last layers do not start at 0, but as any convolution does; the seed is 0."""
     torch.manual_seed(0)
     stack = Multiscale((1, size, size), blocks=blocks, widths=(width,) * 3)
     for field in stack.modules():

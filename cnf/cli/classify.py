@@ -7,7 +7,6 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from cnf.cli.training import (
     begun,
     config_of,
     costs_told,
+    given_settings,
     opened_folder,
     out_of,
     settings_kept,
@@ -94,7 +94,7 @@ def finished(folder: Path, given: Sequence[str], arguments: Namespace) -> dict[s
     """
     wanted = parse(["mnist", "classify", *given, "--out", str(folder), "--quiet"], "")
     if (folder / FIGURES).is_file() and (folder / MODEL).is_file():
-        settings = chosen(wanted.preset, given_settings(wanted))
+        settings = chosen(wanted.preset, given_settings(wanted, Settings))
         if settings_of(read_json(folder / CONFIG)["settings"]) != settings:
             raise InputError(f"{folder} holds a run of other settings; choose another --out")
         return read_json(folder / FIGURES)
@@ -106,15 +106,9 @@ def finished(folder: Path, given: Sequence[str], arguments: Namespace) -> dict[s
 # --- what to do -----------------------------------------------------------------------------------
 
 
-def given_settings(arguments: Namespace) -> dict[str, Any]:
-    """The settings that were given."""
-    values = ((one.name, getattr(arguments, one.name, None)) for one in fields(Settings))
-    return {name: value for name, value in values if value is not None}
-
-
 def _settings(arguments: Namespace) -> Settings:
     """Of the preset and the arguments; of the run itself where it is resumed."""
-    given = given_settings(arguments)
+    given = given_settings(arguments, Settings)
     wanted = chosen(arguments.preset, given)
     if not arguments.resume:
         return wanted

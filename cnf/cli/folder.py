@@ -23,6 +23,7 @@ from cnf.replace import replacing
 MODEL, CONFIG, FIGURES, STEPS = "model.safetensors", "config.json", "metrics.json", "metrics.jsonl"
 DENSITY, SAMPLES, TRAINING = "density.png", "samples.png", "training.png"
 CONFUSION, SNAPSHOT = "confusion.png", "snapshot.pt"
+CLASSES, BETWEEN, NEIGHBOURS = "classes.png", "interpolation.png", "neighbours.png"  # of images
 FILES = (MODEL, CONFIG, FIGURES, STEPS, DENSITY, SAMPLES, TRAINING)
 # what `cnf plot` may add
 DRAWN = ("pairs.png", "trajectories.png", "field.png", "animation.gif", "tradeoff.png")
@@ -54,7 +55,7 @@ class RunFolder:
 
     def begin(self, config: Mapping[str, Any]) -> None:
         """Write config.json and open the record of steps, once what an older run left is gone."""
-        for name in (*FILES, *DRAWN, CONFUSION, SNAPSHOT):
+        for name in (*FILES, *DRAWN, CONFUSION, CLASSES, BETWEEN, NEIGHBOURS, SNAPSHOT):
             if name != STEPS:  # it holds our claim to the folder, and is emptied below
                 (self.path / name).unlink(missing_ok=True)
         self.write_json(CONFIG, config)
@@ -238,15 +239,24 @@ def read_run(path: str, device: torch.device) -> Run:
     return Run(folder, flow, tuple(data["columns"]), bool(data.get("named")), dequantized, context)
 
 
+def _other(folder: Path, config: Mapping[str, Any]) -> InputError:
+    """What is said of a run of `cnf mnist`, which is of no table."""
+    arguments = config.get("arguments")
+    if isinstance(arguments, Mapping) and arguments.get("task") == "generate":
+        return InputError(
+            f"{folder} holds a flow over images, not over a table; see `cnf mnist sample --help` "
+            "and `cnf mnist bpd --help`"
+        )
+    return InputError(f"{folder} holds a classifier, which has no density; name a flow's run")
+
+
 def _stored_data(config: Path) -> dict[str, Any]:
     """What config.json says of the data."""
     damaged = InputError(f"{config} is damaged; restore it or fit again")
     try:
         found = json.loads(config.read_text(encoding="utf-8"))
         if isinstance(found, dict) and "settings" in found:
-            raise InputError(
-                f"{config.parent} holds a classifier, which has no density; name a flow's run"
-            )
+            raise _other(config.parent, found)
         data = found["data"]
         columns = data["columns"]
     except FileNotFoundError as error:

@@ -7,7 +7,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -52,6 +52,12 @@ def tell(arguments: Namespace, message: str) -> None:
 def out_of(arguments: Namespace, name: str) -> str:
     """The folder that was asked for, else runs/NAME."""
     return str(Path("runs", name)) if arguments.out is None else arguments.out
+
+
+def given_settings(arguments: Namespace, kind: type[Any]) -> dict[str, Any]:
+    """The settings that were given, of a dataclass of settings."""
+    values = ((one.name, getattr(arguments, one.name, None)) for one in fields(kind))
+    return {name: value for name, value in values if value is not None}
 
 
 def settings_kept(
