@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from cnf.error import InputError
+from cnf.odenet.settings import DATASETS
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,6 +27,41 @@ def page(make: Callable[..., Any], *names: str, **texts: str) -> Any:
 def device_argument(verb: Any) -> None:
     """Add --device."""
     verb.add_argument("--device", metavar="NAME", default="cpu", help="cpu, cuda, mps (cpu)")
+
+
+def place_arguments(task: Any, out: str) -> None:
+    """Add where the run folder is, by default `out`, and what is printed."""
+    place = task.add_argument_group("where the results go")
+    place.add_argument("--out", metavar="RUN", help=f"the run folder (default: {out})")
+    again = place.add_mutually_exclusive_group()
+    again.add_argument(
+        "--overwrite", action="store_true", help="replace the run in that folder, if there is one"
+    )
+    again.add_argument(
+        "--resume", action="store_true", help="go on with the run in that folder where it stopped"
+    )
+    place.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    place.add_argument("--quiet", action="store_true", help="no progress, nothing but warnings")
+
+
+def files_arguments(data: Any, default: str) -> None:
+    """Add which images, and where they are found; default: in words."""
+    data.add_argument("--dataset", choices=DATASETS, help=f"which images {default}")
+    data.add_argument("--data", metavar="FOLDER", help="the folder that holds the IDX files")
+    data.add_argument(
+        "--no-download", action="store_true", help="fail where the files are not found"
+    )
+
+
+def run_arguments(training: Any) -> None:
+    """Add what any training takes that can be resumed."""
+    training.add_argument("--seed", metavar="K", type=seed, help="of weights and batches (0)")
+    training.add_argument("--threads", metavar="N", type=count, help="of torch on the CPU")
+    training.add_argument(
+        "--save-every", metavar="S", type=positive, default=60.0,
+        help="seconds between snapshots (60)",
+    )  # fmt: skip
+    device_argument(training)
 
 
 # --- values ---------------------------------------------------------------------------------------
@@ -81,6 +117,20 @@ def numbers(text: str) -> list[float]:
     if not all(map(math.isfinite, values)):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0.5,2")
     return values
+
+
+def finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
+
+
+def labels(text: str) -> list[int]:
+    return [seed(part.strip()) for part in text.split(",")]
 
 
 def names(text: str) -> list[str]:

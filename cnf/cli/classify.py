@@ -33,6 +33,7 @@ from cnf.cli.training import (
     opened_folder,
     out_of,
     settings_kept,
+    stopped_config,
     tell,
     train_on,
 )
@@ -113,7 +114,7 @@ def _settings(arguments: Namespace) -> Settings:
     if not arguments.resume:
         return wanted
     out = out_of(arguments, wanted.name)
-    kept, threads = settings_kept(out, given, settings_of, "classifier")
+    kept, threads = settings_kept(out, stopped_config(out), given, settings_of, "classifier")
     torch.set_num_threads(arguments.threads or threads)
     return kept
 

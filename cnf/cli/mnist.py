@@ -5,7 +5,6 @@ from __future__ import annotations
 from argparse import Namespace
 from importlib import import_module
 
-
 FILES = {
     "classify": "classify",
     "generate": "mnist_generate",

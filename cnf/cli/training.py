@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from argparse import Namespace
@@ -16,7 +17,9 @@ from tqdm import tqdm
 
 from cnf.cli.folder import (
     CONFIG,
+    MODEL,
     SNAPSHOT,
+    STEPS,
     RunFolder,
     claimed_folder,
     read_json,
@@ -60,16 +63,31 @@ def given_settings(arguments: Namespace, kind: type[Any]) -> dict[str, Any]:
     return {name: value for name, value in values if value is not None}
 
 
-def settings_kept(
-    out: str, given: Mapping[str, Any], read: Callable[[dict[str, Any]], Chosen], what: str
-) -> tuple[Chosen, int]:
-    """The settings of a run that was stopped, and its threads.
+def is_trained(out: str | Path) -> bool:
+    """Whether a folder holds a run whose training has ended, and its report with it."""
+    folder = Path(out)
+    return (folder / MODEL).is_file() and not (folder / SNAPSHOT).is_file()
 
-    given: settings that were given again; read: makes settings of config.json's; what: is trained.
-    Raises InputError where there is no such run, and for a setting that is not the run's.
-    """
+
+def stopped_config(out: str) -> dict[str, Any]:
+    """The config.json of a run that was stopped.  Raises InputError where there is no such run."""
     with resumed_folder(out) as folder:
-        config = read_json(folder.path / CONFIG)
+        return read_json(folder.path / CONFIG)
+
+
+def settings_kept(
+    out: str,
+    config: Mapping[str, Any],
+    given: Mapping[str, Any],
+    read: Callable[[dict[str, Any]], Chosen],
+    what: str,
+) -> tuple[Chosen, int]:
+    """The settings of the run in a folder, and its threads.
+
+    config: its config.json; given: settings that were given again; read: makes settings of what is
+    stored; what: is trained.
+    Raises InputError for a run of something else, and for a setting that is not the run's.
+    """
     if not isinstance(config.get("settings"), dict):
         raise InputError(f"{out} holds no {what} to resume; leave --resume out to begin one")
     kept = read(config["settings"])
@@ -124,6 +142,12 @@ def begun(
     except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not of this run; begin a new one without --resume") from error
     return [_record(line) for line in folder.go_on(training.step)]
+
+
+def records_in(folder: Path) -> list[Progress]:
+    """The records of a run whose training has ended."""
+    lines = (folder / STEPS).read_text(encoding="utf-8").splitlines()
+    return [_record(json.loads(line)) for line in lines]
 
 
 def _record(line: dict[str, Any]) -> Progress:
