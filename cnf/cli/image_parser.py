@@ -18,7 +18,7 @@ from cnf.cli.argument import (
     share,
     weight,
 )
-from cnf.flow.image_settings import FIELDS, METHODS, PRECISIONS
+from cnf.flow.image_settings import FIELDS, METHODS
 
 GENERATE_PAGE = """\
 Train a flow over images and report what it is worth: bits per dimension of test images, and what
@@ -143,7 +143,6 @@ def _matching_arguments(training: Any) -> None:
     training.add_argument("--memory", metavar="X", type=positive, help="of the averaged weights")
     training.add_argument("--kinetic", metavar="X", type=weight, help="weight of paths' energy")
     training.add_argument("--jacobian", metavar="X", type=weight, help="of the field's Jacobian")
-    training.add_argument("--precision", choices=PRECISIONS, help="of the field (single)")
     run_arguments(training)
 
 

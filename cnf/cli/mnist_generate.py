@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cnf.cli.device import usable_device
 from cnf.cli.folder import CONFIG, FIGURES, MODEL, SNAPSHOT, RunFolder, json_text, read_json
@@ -23,7 +24,7 @@ from cnf.cli.image_report import (
 )
 from cnf.cli.image_run import read_image_run
 from cnf.cli.picture import save_training
-from cnf.cli.pixels import Pixels, pixels_of
+from cnf.cli.pixels import Part, Pixels, pixels_of
 from cnf.cli.training import (
     begun,
     config_of,
@@ -39,8 +40,8 @@ from cnf.cli.training import (
     train_on,
 )
 from cnf.flow.image import ImageFlow
-from cnf.flow.image_recipe import ImageTraining, build_flow
-from cnf.flow.image_settings import ImageSettings, image_settings, settings_for
+from cnf.flow.image_recipe import ImageTraining
+from cnf.flow.image_settings import ImageSettings, image_settings
 from cnf.odenet.network import parameter_count
 from cnf.training.loop import Progress
 from cnf.training.seed import seeded
@@ -88,7 +89,7 @@ def generated(arguments: Namespace) -> dict[str, Any]:
 def _settings(arguments: Namespace) -> ImageSettings:
     """Of the arguments; of the run itself where it goes on."""
     given = given_settings(arguments, ImageSettings)
-    wanted = settings_for(given)
+    wanted = image_settings(given)
     if not arguments.resume:
         return wanted
     out = out_of(arguments, wanted.name)
@@ -124,8 +125,8 @@ def _trained(
         tell(arguments, f"the flow in {folder.path} is trained")
         return read_image_run(folder.path, device).flow, records_in(folder.path)
     with seeded(settings.seed, device):
-        flow = build_flow(settings, data.shape, data.classes, data.peak + 1).to(device)
-        training = ImageTraining(flow, data.train, data.validation, settings)
+        flow = _flow(settings, data).to(device)
+        training = _training(flow, data, settings)
         verb, count = ("going on with" if arguments.resume else "training"), parameter_count(flow)
         tell(arguments, f"{verb} {settings.name}, {count:,} parameters, in {folder.path}")
         history = begun(training, folder, config_of(settings, arguments), device, arguments)
@@ -133,6 +134,30 @@ def _trained(
         training.select()
     flow.save(folder.path / MODEL)
     return flow.eval(), history
+
+
+def _flow(settings: ImageSettings, data: Pixels) -> ImageFlow:
+    """The flow of the settings, untrained."""
+    return ImageFlow(
+        data.shape,
+        classes=data.classes if settings.conditional else 0,
+        field=settings.field,
+        width=settings.width,
+        label_dropout=settings.label_dropout,
+        alpha=settings.alpha,
+        levels=data.peak + 1,
+        equalize=settings.equalize,
+        seed=settings.seed,
+    )
+
+
+def _training(flow: ImageFlow, data: Pixels, settings: ImageSettings) -> ImageTraining:
+    def told(part: Part) -> tuple[Tensor, Tensor | None]:
+        return part.pixels, part.labels if flow.classes else None
+
+    return ImageTraining(
+        flow, *told(data.train), validation=told(data.validation), settings=settings
+    )
 
 
 def _told(record: Progress) -> str:

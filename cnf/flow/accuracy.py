@@ -15,6 +15,7 @@ from cnf.error import InputError
 from cnf.flow.conditioned import Conditioned
 from cnf.flow.continuous import TIGHTER, Solver
 from cnf.flow.divergence import ClosedForm, Divergence, Hutchinson, Tangents
+from cnf.flow.keyed import KeyedHutchinson
 from cnf.ode.control import Adaptive
 from cnf.ode.integrate import Stats
 
@@ -210,7 +211,8 @@ def within_error(
     waiting = [(torch.arange(len(x), device=x.device), 0, request.divergence)]
     while waiting:
         rows, level, divergence = waiting.pop()
-        part = request._replace(divergence=divergence, solver=_level(flow, request, level))
+        chosen = divergence.of_rows(rows) if isinstance(divergence, KeyedHutchinson) else divergence
+        part = request._replace(divergence=chosen, solver=_level(flow, request, level))
         given = None if context is None else context[rows]
         value = valued(flow, twin, x[rows], given, part)
         rounding = 4 * torch.finfo(x.dtype).eps * value.log_prob.detach().double().abs()

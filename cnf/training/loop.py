@@ -129,6 +129,11 @@ class Training:
         self.is_done = False
         self._clock = _Clock(plan)
 
+    @property
+    def seconds(self) -> float:
+        """That it has taken so far."""
+        return self._clock.elapsed()
+
     def __iter__(self) -> Iterator[Progress]:
         steps = self._clock.steps(self.step)
         while not self.is_done:
