@@ -339,11 +339,18 @@ class ImageFlow(Carrier):
     def _map(self) -> Logit | Equalize:
         return self.equalized if self.equalized.is_fitted else self.logit
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether a fit has set what is done to pixels before the ODE."""
+        return bool(self.equalized.is_fitted) or bool(self.logit.is_fitted)
+
     def fit_maps(self, pixels: Tensor) -> None:
         """Set what is done to pixels before the ODE from rows of whole numbers, the first time."""
-        if self.equalizes and not self.equalized.is_fitted:
+        if self.is_fitted:
+            return
+        if self.equalizes:
             self.equalized.fit(pixels)
-        elif not self.equalizes and self.logit.scale == 1:
+        else:
             some = pixels[: 2**26 // self.dim]
             self.logit.fit(dequantized(some, torch.rand(some.shape).double(), self.levels))
 

@@ -24,10 +24,10 @@ from cnf.nets.unet import UNet
 from cnf.training.batches import Shuffled
 from cnf.training.loop import Best, Plan, Progress, Training, put
 
-JUDGED_IMAGES = 256  # of those held back, whenever the weights are judged
-JUDGED_NFE = 32
+JUDGED_IMAGES = 128  # of those held back, whenever the weights are judged
+JUDGED_NFE = 24
 TRAINED_NFE = 16  # of a solve in maximum likelihood
-JUDGEMENTS = 20
+JUDGEMENTS = 12
 MLP_WIDTHS = 16  # units of a hidden layer for each of a U-Net's channels
 SHARE = 0.05  # of the images that are held back where nobody says how many
 
@@ -76,7 +76,7 @@ class ImageTraining:
     images, labels: as for `ImageFlow.fit`; validation: a pair of the same, by which the best
     weights are chosen, or None to hold back `settings.validation` of the images; plans: in the
     place of those of the settings.  Random numbers are torch's own.
-    Records count on over all phases; `validation` is in bits/dim, of 256 of the images held back.
+    Records count on over all phases; `validation` is in bits/dim, of 128 of the images held back.
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class ImageTraining:
             pixels, column = pixels[rest], None if column is None else column[rest]
         else:
             judged = _rows(flow, *validation, "validation")
+        self._goes_on = flow.is_fitted
         flow.fit_maps(pixels)
         self.regularizer = regularizer or Regularizer(
             kinetic=self.settings.kinetic, jacobian=self.settings.jacobian
@@ -131,7 +132,7 @@ class ImageTraining:
         return self._training.is_done and self._phase == len(self.plans) - 1
 
     def __iter__(self) -> Generator[Progress]:
-        if self.step == 0:  # a fit never ends worse than it began
+        if self.step == 0 and self._goes_on:  # a fit never ends worse than it began
             self.best.offer(self._score(), [p.detach() for p in self.parameters])
         while not self.is_done:
             if self._training.is_done:

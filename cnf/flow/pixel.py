@@ -125,8 +125,10 @@ class Logit(nn.Module):
             raise InputError(f"alpha must be a number from 0 to below 0.5, got {alpha!r}")
         self.register_buffer("shift", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("is_fitted", torch.tensor(False))
         self.shift: Tensor
         self.scale: Tensor
+        self.is_fitted: Tensor
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
@@ -134,6 +136,7 @@ class Logit(nn.Module):
         deviation, mean = torch.std_mean(self._logit(x)[0])
         self.shift.copy_(mean)
         self.scale.copy_(deviation.clamp_min(1e-6))
+        self.is_fitted.fill_(True)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(y, log |det dy/dx| of shape (batch,))."""
