@@ -37,6 +37,7 @@ from cnf.flow.continuous import Solver
 from cnf.flow.divergence import Divergence, Hutchinson, KnowsDivergence, choose_divergence
 from cnf.flow.image_recipe import ImageTraining, labels_column, new_field, plans_of
 from cnf.flow.image_settings import ImageSettings, image_settings
+from cnf.flow.inpainting import inpainted
 from cnf.flow.keyed import KeyedHutchinson, keys_of, uniform
 from cnf.flow.pixel import Equalize, Logit, as_pixels, dequantized, quantized
 from cnf.flow.recipe import checked_budget, follow, move_flow
@@ -70,7 +71,8 @@ class ImageFlow(Carrier):
     shape: (channels, height, width); classes: of labels that images may have, 0 for none: the flow
     is then conditional, and also learns to do without, as label_dropout of the labels are withheld
     in training.  field: "unet", whose channels at half the resolution are `width`; "mlp", two
-    hidden layers of 16·width, with the exact trace; or one's own f(t, x) → dx/dt over rows x
+    hidden layers of 16·width, with the exact trace; "multiscale", FFJORD's stack of ODEs with three
+    layers of `width` channels each, without classes; or one's own f(t, x) → dx/dt over rows x
     (batch, dim), t 0-d or (batch,); where there are classes f(t, x, labels), of shape (batch, 1),
     −1 where withheld.
     levels: of grey, pixels are 0 … levels − 1; alpha: of the logit that leads from the unit cube to
@@ -320,6 +322,74 @@ class ImageFlow(Carrier):
         column = self._column(labels, len(points))
         return self._decoded(points.flatten(1), column, self.request(**how), CHUNK)
 
+    @torch.no_grad()
+    def interpolate(
+        self,
+        a: Any,
+        b: Any,
+        steps: int = 8,
+        *,
+        labels: Any = None,
+        seed: int = 0,
+        **how: Unpack[How],
+    ) -> Tensor:
+        """Images on the way from a to b, both (n, *shape): (steps, n, *shape), a first, b last.
+
+        The ways are great circles between the base's points, whose length changes evenly: points on
+        a straight line would be shorter than any that the flow has seen.  labels: as for
+        `log_prob`, of both ends and of all between.
+        """
+        steps = whole_number("steps", steps, 2)
+        start, end = (self.encode(x, labels, seed=seed, **how).flatten(1) for x in (a, b))
+        if start.shape != end.shape:
+            raise InputError(f"a has {len(start)} images and b {len(end)}; give as many of both")
+        shares = torch.linspace(0, 1, steps, device=self.device, dtype=self.dtype)
+        points = torch.stack([_between(start, end, share) for share in shares])
+        column = self._column(labels, len(start))
+        every = None if column is None else column.repeat(steps, 1)
+        images = self._decoded(points.flatten(0, 1), every, self.request(**how), CHUNK)
+        return images.unflatten(0, (steps, -1))
+
+    @torch.no_grad()
+    def inpaint(
+        self,
+        images: Any,
+        mask: Any,
+        labels: Any = None,
+        *,
+        seed: int | None = None,
+        steps: int = 64,
+        guidance: float | None = None,
+        chunk: int = CHUNK,
+    ) -> Tensor:
+        """The images, (n, *shape), with draws in the place of what is hidden.
+
+        mask: truths (n, *shape), or of a shape that is broadcast to it, true where pixels are
+        known; the others count for nothing, and may hold anything that a pixel can be.  Drawn by an
+        ODE that is guided to the known pixels, in `steps` steps of Euler's: approximately from the
+        law of the hidden pixels given the others, see `cnf.flow.inpainting`.  It wants a flow of
+        flow matching, and the normal base.  The other arguments are those of `sample`.
+        """
+        if self.base is not None:
+            raise InputError("inpainting needs the standard normal base; leave base= out")
+        pixels, column = self._given(images, labels)
+        known = _checked_mask(mask, (len(pixels), *self.shape)).to(self.device).flatten(1)
+        pixels = torch.where(known, pixels.to(self.device), 0)
+        noise = self.draw_base(len(pixels), seed)
+        request, steps = self.request(guidance=guidance), whole_number("steps", steps, 2)
+        ends = [
+            inpainted(
+                self.conditioned(given, guidance), self.white(x)[0], known[rows], noise[rows], steps
+            )
+            for rows, (x, given, _) in zip(
+                torch.arange(len(pixels)).split(chunk),
+                self._chunks(pixels, column, request, seed or 0, chunk),
+                strict=True,
+            )
+        ]
+        filled = quantized(self.unwhite(torch.cat(ends)), self.levels) if ends else pixels
+        return torch.where(known, pixels, filled).reshape(-1, *self.shape)
+
     def _decoded(self, z: Tensor, column: Tensor | None, request: Request, chunk: int) -> Tensor:
         contexts = [None] * len(z.split(chunk)) if column is None else column.split(chunk)
         pairs = zip(z.split(chunk), contexts, strict=True)
@@ -426,7 +496,7 @@ class ImageFlow(Carrier):
                 labels,
                 validation=held,
                 settings=settings,
-                plans=plans_of(settings, self.dim, seconds),
+                plans=plans_of(settings, self, seconds),
                 regularizer=regularizer,
             )
             try:
@@ -587,6 +657,30 @@ class ImageFlow(Carrier):
     @property
     def device(self) -> torch.device:
         return self.logit.shift.device
+
+
+def _between(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
+    """Points (n, dim) at a share of the way along great circles, of lengths between the ends'."""
+    lengths = start.norm(dim=1, keepdim=True), end.norm(dim=1, keepdim=True)
+    one, other = start / lengths[0], end / lengths[1]
+    angle = (one * other).sum(1, keepdim=True).clamp(-1 + 1e-6, 1 - 1e-6).acos()
+    turned = (((1 - share) * angle).sin() * one + (share * angle).sin() * other) / angle.sin()
+    return torch.lerp(*lengths, share) * turned
+
+
+def _checked_mask(mask: Any, shape: tuple[int, ...]) -> Tensor:
+    """Truths of that shape."""
+    given = torch.as_tensor(mask)
+    if given.dtype != torch.bool:
+        raise InputError(
+            f"mask is of {given.dtype}; give truths, true where pixels are known, such as mask > 0"
+        )
+    try:
+        return given.expand(shape)
+    except RuntimeError:
+        raise InputError(
+            f"mask is of shape {tuple(given.shape)}, which does not go with images {shape}"
+        ) from None
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, int, int]:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from cnf.data.digits import bits_per_dim
 from cnf.error import InputError, IntegrationError, whole_number
 from cnf.flow.budget import with_budget
-from cnf.flow.image_settings import ImageSettings
+from cnf.flow.continuous import Stack
+from cnf.flow.image_settings import FIELDS, ImageSettings
+from cnf.flow.multiscale import Multiscale
 from cnf.flow.objective import FlowMatching, MaximumLikelihood
 from cnf.flow.pixel import as_pixels, dequantized, fresh_noise
 from cnf.flow.recipe import shares
@@ -39,7 +41,14 @@ def new_field(kind: str, shape: Sequence[int], width: int, classes: int) -> nn.M
     if kind == "mlp":
         hidden = 2 * (MLP_WIDTHS * width,)
         return LabelledMLP(math.prod(shape), hidden, bandwidth=None, classes=classes)
-    raise InputError(f"unknown field {kind!r}; known are unet, mlp, or give a module f(t, x)")
+    if kind == "multiscale":
+        if classes:
+            raise InputError(
+                "field='multiscale' is told no classes; leave classes= out, or use field='unet'"
+            )
+        return Multiscale(shape, widths=3 * (width,))
+    known = ", ".join(FIELDS)
+    raise InputError(f"unknown field {kind!r}; known are {known}, or give a module f(t, x)")
 
 
 def labels_column(labels: Any, count: int, classes: int, name: str = "labels") -> Tensor | None:
@@ -91,7 +100,7 @@ class ImageTraining:
         regularizer: Regularizer | None = None,
     ) -> None:
         self.flow, self.settings = flow, settings or ImageSettings()
-        self.plans = tuple(plans or plans_of(self.settings, flow.dim))
+        self.plans = tuple(plans or plans_of(self.settings, flow))
         pixels, column = _rows(flow, images, labels, "images")
         if validation is None:
             held = _held_back(len(pixels), self.settings.validation)
@@ -229,15 +238,18 @@ class _Score:
         return bits_per_dim(log_prob, flow.dim, flow.levels).mean().item()
 
 
-def plans_of(settings: ImageSettings, dim: int, seconds: float | None = None) -> list[Plan]:
-    """The plans of a training; seconds: a budget in the place of the settings' steps."""
-    phases = ["fm", "ml"] if settings.method == "auto" else [settings.method]
+def plans_of(settings: ImageSettings, flow: Any, seconds: float | None = None) -> list[Plan]:
+    """The plans of a training; seconds: a budget in the place of the settings' steps.
+
+    Raises InputError for flow matching of a flow that it cannot train.
+    """
+    phases = _phases(settings.method, flow)
     whole = Plan(
         "fm",
         steps=settings.steps if seconds is None else None,
         seconds=seconds,
         memory=settings.memory,
-        clip=float(dim),  # losses are sums over pixels, and gradients as much longer
+        clip=float(flow.dim),  # losses are sums over pixels, and gradients as much longer
         validations=JUDGEMENTS,
     )
     phases = phases[: whole.steps]
@@ -246,6 +258,18 @@ def plans_of(settings: ImageSettings, dim: int, seconds: float | None = None) ->
         replace(part, phase=phase, lr=rates[phase])
         for part, phase in zip(shares(whole, len(phases)), phases, strict=True)
     ]
+
+
+def _phases(method: str, flow: Any) -> list[str]:
+    """Flow matching trains one field to a standard normal base; anything else is trained by
+    maximum likelihood alone.
+    """
+    matches = not (flow.has_own_base or isinstance(flow.field, Stack))
+    if method == "fm" and not matches:
+        raise InputError(
+            "method='fm' needs one field and the standard normal base; use method='ml'"
+        )
+    return [method] if method != "auto" else ["fm", "ml"] if matches else ["ml"]
 
 
 def _rows(flow: Any, images: Any, labels: Any, name: str) -> tuple[Tensor, Tensor | None]:

@@ -8,7 +8,7 @@ from typing import Any
 from cnf.error import InputError, whole_number
 from cnf.odenet.settings import DATASETS
 
-FIELDS = ("unet", "mlp")
+FIELDS = ("unet", "mlp", "multiscale")
 METHODS = ("auto", "fm", "ml")
 
 

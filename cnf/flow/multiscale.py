@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ class Multiscale(nn.Module):
     [(1, 8, 8), (4, 4, 4), (2, 4, 4)]
     """
 
+    row_wise = True
+
     def __init__(
         self,
         shape: Sequence[int],
@@ -53,25 +56,42 @@ class Multiscale(nn.Module):
             for size in self.sizes
         )
 
+    def carry(
+        self, x: Tensor, divergence: Divergence | None, times: tuple[float, float], solver: Solver
+    ) -> Moved:
+        """Rows x carried through every ODE from times[0] to times[1], to the base where they fall.
+
+        With log |det|, the cost and what else the divergence's field gives, of all ODEs together;
+        without a divergence, where they arrive alone.
+        """
+        path = _Path(divergence, times, solver)
+        x = self._to_base(x, path) if times[0] > times[1] else self._to_data(x, path)
+        return path.arrived(x)
+
     def to_base(self, x: Tensor, divergence: Divergence, solver: Solver) -> Moved:
         """Where rows x of the data arrive in the base, with log |det| and the cost of all ODEs.
 
         What leaves at a split comes last, the finest scale at the end.
         """
-        logdet, cost, gone = x.new_zeros(len(x), dtype=torch.float64), Stats(), []
+        return self.carry(x, divergence, TO_BASE, solver)
+
+    def to_data(self, z: Tensor, solver: Solver) -> Tensor:
+        """Where rows z of the base arrive among the data, (batch, c·h·w)."""
+        return self.carry(z, None, TO_DATA, solver).x
+
+    def _to_base(self, x: Tensor, path: _Path) -> Tensor:
+        gone = []
         for i, (fields, size) in enumerate(self._stages()):
             for field in fields:
-                moved = move_with_logdet(field, divergence, x, TO_BASE, solver)
-                x, logdet, cost = moved.x, logdet + moved.logdet, _summed(cost, moved.stats)
+                x = path.along(field, x)
             if i % 2 == 0 and i + 1 < len(self.sizes):
                 x = pixel_unshuffle(x.unflatten(1, size), 2).flatten(1)
             elif i % 2:
                 x, left = x.chunk(2, 1)  # of channels, which are the slowest of the flat axis
                 gone.insert(0, left)
-        return Moved(torch.cat([x, *gone], 1), logdet, cost)
+        return torch.cat([x, *gone], 1)
 
-    def to_data(self, z: Tensor, solver: Solver) -> Tensor:
-        """Where rows z of the base arrive among the data, (batch, c·h·w)."""
+    def _to_data(self, z: Tensor, path: _Path) -> Tensor:
         stages = list(self._stages())
         sizes = [math.prod(size) // 2 for size in self.sizes[1::2]][::-1]
         x, *gone = z.split([z.shape[1] - sum(sizes), *sizes], 1)
@@ -81,7 +101,7 @@ class Multiscale(nn.Module):
             elif i + 1 < len(stages):
                 x = pixel_shuffle(x.unflatten(1, self.sizes[i + 1]), 2).flatten(1)
             for field in reversed(list(fields)):
-                x = move(field, x, TO_DATA, solver)
+                x = path.along(field, x)
         return x
 
     def _stages(self) -> Iterator[tuple[nn.ModuleList, tuple[int, ...]]]:
@@ -91,6 +111,31 @@ class Multiscale(nn.Module):
         for fields, size in zip(self.fields, self.sizes, strict=True):
             assert isinstance(fields, nn.ModuleList)
             yield fields, size
+
+
+class _Path:
+    """What is gathered on the way through all ODEs."""
+
+    def __init__(
+        self, divergence: Divergence | None, times: tuple[float, float], solver: Solver
+    ) -> None:
+        self._divergence, self._times, self._solver = divergence, times, solver
+        self._parts: list[Moved] = []
+
+    def along(self, field: nn.Module, x: Tensor) -> Tensor:
+        """x carried along one field."""
+        if self._divergence is None:
+            return move(field, x, self._times, self._solver)
+        self._parts.append(move_with_logdet(field, self._divergence, x, self._times, self._solver))
+        return self._parts[-1].x
+
+    def arrived(self, x: Tensor) -> Moved:
+        """x with what was gathered."""
+        if not self._parts:
+            return Moved(x, x.new_full((len(x),), math.nan), Stats())
+        logdet = torch.stack([part.logdet for part in self._parts]).sum(0)
+        along = tuple(sum(terms) for terms in zip(*(p.along for p in self._parts), strict=True))
+        return Moved(x, logdet, reduce(_summed, (part.stats for part in self._parts)), along)
 
 
 def _most_scales(shape: Sequence[int]) -> int:
