@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import signal
 from pathlib import Path
 
@@ -23,6 +24,7 @@ SMALL = (
     "12", "--nfe", "4",
 )  # fmt: skip
 RUN = Path("runs/digits-flow")
+EXAMPLES = Path(__file__).parents[2] / "examples"
 PICTURES = {
     folder.SAMPLES, folder.CLASSES, folder.BETWEEN, folder.NEIGHBOURS, folder.TRAINING
 }  # fmt: skip
@@ -223,6 +225,32 @@ def test_bits_are_measured_as_in_the_library(cnf_command, finished: Path) -> Non
     assert found["weighted_bits_per_dim"] == pytest.approx(expected.weighted)
     code, out, _ = cnf_command("mnist", "bpd", finished, "--images", 5)
     assert out.startswith("bits/dim      ") and "an upper bound, of 5 test images" in out
+
+
+# examples -----------------------------------------------------------------------------------------
+
+
+def test_outliers_are_looked_for_by_three_scores(
+    monkeypatch, capsys, tmp_path: Path, finished: Path
+) -> None:
+    picture = tmp_path / "outliers.png"
+    words = ["--run", finished, "--images", 6, "--probes", 1, "--out", picture]
+    monkeypatch.setattr("sys.argv", ["mnist_outliers.py", *map(str, words)])
+    runpy.run_path(str(EXAMPLES / "mnist_outliers.py"), run_name="__main__")
+    header, *rows, end = capsys.readouterr().out.splitlines()
+    assert header.split()[-3:] == ["p", "typicality", "complexity"]
+    assert [row.split()[0] for row in rows] == ["noise", "rotated", "blurred", "inverted"]
+    for row in rows:
+        areas = [float(word) for word in row.split()[1::3]]
+        assert len(areas) == 3 and all(0 <= area <= 1 for area in areas)
+    assert str(picture) in end and imread(picture).ndim == 3
+
+
+def test_the_example_is_the_command(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["mnist_flow.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(EXAMPLES / "mnist_flow.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith("usage: cnf mnist generate")
 
 
 # refused ------------------------------------------------------------------------------------------
