@@ -82,6 +82,9 @@ examples:
   cnf mnist bpd runs/mnist-flow --dataset fashion --images 500        of images it never saw
 """
 
+# settings that are true unless a flag says no
+FLAGS_OFF = {"conditional": "--unconditional", "equalize": "--plain-logit"}
+
 
 def add_flow_tasks(tasks: Any) -> None:
     """Add generate, sample and bpd to the tasks of `cnf mnist`."""
@@ -117,7 +120,7 @@ def _flow_arguments(flow: Any) -> None:
     )  # fmt: skip
     flow.add_argument("--width", metavar="N", type=count, help="channels of the U-Net's top")
     flow.add_argument(
-        "--unconditional", dest="conditional", action="store_false", default=None,
+        FLAGS_OFF["conditional"], dest="conditional", action="store_false", default=None,
         help="a flow that is not told the classes",
     )  # fmt: skip
     flow.add_argument(
@@ -126,7 +129,7 @@ def _flow_arguments(flow: Any) -> None:
     )  # fmt: skip
     flow.add_argument("--alpha", metavar="X", type=share, help="of the logit: how far from 0 and 1")
     flow.add_argument(
-        "--plain-logit", dest="equalize", action="store_false", default=None,
+        FLAGS_OFF["equalize"], dest="equalize", action="store_false", default=None,
         help="the logit alone, without a map of grey levels chosen on the images",
     )  # fmt: skip
 

@@ -19,6 +19,12 @@ from cnf.flow.report import measured
 from cnf.odenet.fidelity import Fidelities
 
 REFERENCE = 10_000  # training images whose features are compared with
+NAMES = {
+    "value": "bits_per_dim",
+    "standard_error": "bits_per_dim_error",
+    "weighted": "weighted_bits_per_dim",
+    "weighted_error": "weighted_bits_per_dim_error",
+}
 CLASSIFIER = "classifier"  # the folder, in a run, of the classifier that judges samples
 
 
@@ -96,13 +102,14 @@ def density_figures(flow: ImageFlow, pixels: Tensor, **how: Any) -> dict[str, An
 
     Of a flow with classes it is the density without a class: no label is told.
     """
-    return flow.bits_per_dim(pixels, **how).as_dict() | how
+    found = flow.bits_per_dim(pixels, **how).as_dict()
+    return {NAMES.get(name, name): value for name, value in found.items()} | how
 
 
 def density_lines(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The figures of `density_figures` in words, by name."""
-    value = measured(figures["value"], figures["standard_error"])
+    value = measured(figures["bits_per_dim"], figures["bits_per_dim_error"])
     yield "bits/dim", f"{value}, an upper bound, of {figures['images']:,} test images"
-    if figures["weighted"] is not None:
-        value = measured(figures["weighted"], figures["weighted_error"])
+    if figures["weighted_bits_per_dim"] is not None:
+        value = measured(figures["weighted_bits_per_dim"], figures["weighted_bits_per_dim_error"])
         yield "", f"{value} weighting {figures['draws']} draws, an upper bound too"

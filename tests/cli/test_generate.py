@@ -1,8 +1,9 @@
-"""`cnf mnist generate`, `sample` and `bpd`: the run folder, its figures, and what goes on from it."""
+"""`cnf mnist generate`, `sample` and `bpd`: the run folder, its figures, what goes on from it."""
 
 from __future__ import annotations
 
 import json
+import runpy
 import signal
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from matplotlib.image import imread
 import cnf
 from cnf.cli import classify, folder, image_picture, image_report, main
 from cnf.cli.folder import RunFolder
+from cnf.cli.image_parser import FLAGS_OFF
 from cnf.flow.image_settings import ImageSettings
 
 SMALL = (
@@ -22,6 +24,7 @@ SMALL = (
     "12", "--nfe", "4",
 )  # fmt: skip
 RUN = Path("runs/digits-flow")
+EXAMPLES = Path(__file__).parents[2] / "examples"
 PICTURES = {
     folder.SAMPLES, folder.CLASSES, folder.BETWEEN, folder.NEIGHBOURS, folder.TRAINING
 }  # fmt: skip
@@ -93,8 +96,8 @@ def test_a_run_folder_holds_all_that_it_promises(finished: Path) -> None:
 def test_figures_are_bounds_with_errors_and_samples_beside_test_images(finished: Path) -> None:
     figures = read_json(finished / folder.FIGURES)
     assert figures["images"] == 6 and figures["draws"] == 2
-    assert figures["value"] > 0 and figures["standard_error"] > 0
-    assert figures["weighted"] < figures["value"]
+    assert figures["bits_per_dim"] > 0 and figures["bits_per_dim_error"] > 0
+    assert figures["weighted_bits_per_dim"] < figures["bits_per_dim"]
     for one in (figures["samples"], figures["test"]):
         assert 0 <= one["recognized"] <= 1 and sum(one["histogram"]) == pytest.approx(1)
         assert one["distance"] > 0 and one["nearest"] > 0 and one["images"] == 12
@@ -108,7 +111,9 @@ def test_the_stored_flow_is_the_one_that_was_judged(finished: Path) -> None:
     flow = cnf.ImageFlow.load(finished / folder.MODEL)
     assert (flow.shape, flow.levels, flow.classes) == ((1, 8, 8), 17, 10)
     test = cnf.data.load_digits().test[:6].reshape(-1, 1, 8, 8).astype(np.uint8)
-    assert float(flow.bits_per_dim(test, draws=2)) == pytest.approx(figures["value"], abs=1e-6)
+    assert float(flow.bits_per_dim(test, draws=2)) == pytest.approx(
+        figures["bits_per_dim"], abs=1e-6
+    )
 
 
 def test_results_and_messages_are_apart(cnf_command, small: tuple[str, ...]) -> None:
@@ -216,10 +221,36 @@ def test_bits_are_measured_as_in_the_library(cnf_command, finished: Path) -> Non
     flow = cnf.ImageFlow.load(finished / folder.MODEL)
     test = cnf.data.load_digits().test[:5].reshape(-1, 1, 8, 8).astype(np.uint8)
     expected = flow.bits_per_dim(test, draws=2)
-    assert found["value"] == pytest.approx(expected.value)
-    assert found["weighted"] == pytest.approx(expected.weighted)
+    assert found["bits_per_dim"] == pytest.approx(expected.value)
+    assert found["weighted_bits_per_dim"] == pytest.approx(expected.weighted)
     code, out, _ = cnf_command("mnist", "bpd", finished, "--images", 5)
     assert out.startswith("bits/dim      ") and "an upper bound, of 5 test images" in out
+
+
+# examples -----------------------------------------------------------------------------------------
+
+
+def test_outliers_are_looked_for_by_three_scores(
+    monkeypatch, capsys, tmp_path: Path, finished: Path
+) -> None:
+    picture = tmp_path / "outliers.png"
+    words = ["--run", finished, "--images", 6, "--probes", 1, "--out", picture]
+    monkeypatch.setattr("sys.argv", ["mnist_outliers.py", *map(str, words)])
+    runpy.run_path(str(EXAMPLES / "mnist_outliers.py"), run_name="__main__")
+    header, *rows, end = capsys.readouterr().out.splitlines()
+    assert header.split()[-3:] == ["p", "typicality", "complexity"]
+    assert [row.split()[0] for row in rows] == ["noise", "rotated", "blurred", "inverted"]
+    for row in rows:
+        areas = [float(word) for word in row.split()[1::3]]
+        assert len(areas) == 3 and all(0 <= area <= 1 for area in areas)
+    assert str(picture) in end and imread(picture).ndim == 3
+
+
+def test_the_example_is_the_command(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["mnist_flow.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(EXAMPLES / "mnist_flow.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith("usage: cnf mnist generate")
 
 
 # refused ------------------------------------------------------------------------------------------
@@ -277,6 +308,5 @@ def test_images_of_another_size_have_no_bits(refusal, monkeypatch, finished: Pat
 def test_settings_are_what_the_page_lists(capsys) -> None:
     assert main(["mnist", "generate", "--help"]) == 0
     page = capsys.readouterr().out
-    others = {"conditional": "--unconditional", "equalize": "--plain-logit"}
     for name in vars(ImageSettings()):
-        assert others.get(name, "--" + name.replace("_", "-")) in page
+        assert FLAGS_OFF.get(name, "--" + name.replace("_", "-")) in page
