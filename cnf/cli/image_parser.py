@@ -116,7 +116,7 @@ def add_flow_tasks(tasks: Any) -> None:
 def _flow_arguments(flow: Any) -> None:
     flow.add_argument(
         "--field", choices=FIELDS,
-        help="unet; mlp, two hidden layers with an exact trace (unet)",
+        help="unet; mlp, two hidden layers with an exact trace; multiscale, FFJORD's stack (unet)",
     )  # fmt: skip
     flow.add_argument("--width", metavar="N", type=count, help="channels of the U-Net's top")
     flow.add_argument(
