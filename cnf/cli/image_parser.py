@@ -47,6 +47,7 @@ examples:
   cnf mnist generate --dataset digits                 8 x 8 images, under two minutes
   cnf mnist generate --field mlp                      an exact trace in 784 dimensions
   cnf mnist generate --method auto --steps 40000      then maximum likelihood
+  cnf mnist generate --field multiscale --width 64 --unconditional --method ml
   cnf mnist generate --resume --out runs/mnist-flow   after Ctrl-C, SIGTERM or a crash; of a run
                                                       that is trained, the report anew
 """
@@ -116,7 +117,8 @@ def add_flow_tasks(tasks: Any) -> None:
 def _flow_arguments(flow: Any) -> None:
     flow.add_argument(
         "--field", choices=FIELDS,
-        help="unet; mlp, two hidden layers with an exact trace; multiscale, FFJORD's stack (unet)",
+        help="unet; mlp, two hidden layers with an exact trace; multiscale, FFJORD's stack, "
+        "--unconditional and by --method ml (unet)",
     )  # fmt: skip
     flow.add_argument("--width", metavar="N", type=count, help="channels of the U-Net's top")
     flow.add_argument(

@@ -272,6 +272,8 @@ def test_the_example_is_the_command(monkeypatch, capsys) -> None:
         (("generate", "--data", "typo"), "there is no folder typo"),
         ((*SMALL[1:], "--validation", "2000"), "validation=2000 leaves none"),
         ((*SMALL[1:], "--resume"), "holds no run to resume"),
+        ((*SMALL[1:], "--field", "multiscale"), "is told no classes"),
+        ((*SMALL[1:], "--field", "multiscale", "--unconditional"), "use method='ml'"),
         ((*SMALL[1:], "--device", "abacus"), "is no device"),
     ],
 )

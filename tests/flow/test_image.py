@@ -325,7 +325,9 @@ def test_a_fit_saves_bits(settings):
         callback=records.append, progress=False,
     )  # fmt: skip
 
-    assert float(flow.bits_per_dim(images, given)) < float(before.bits_per_dim(images, given)) - 0.02
+    assert (
+        float(flow.bits_per_dim(images, given)) < float(before.bits_per_dim(images, given)) - 0.02
+    )
     assert [record.step for record in records] == list(range(1, steps + 1))
     assert records[-1].validation is not None and records[-1].steps == steps
 
