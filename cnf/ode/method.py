@@ -102,17 +102,15 @@ class ExplicitRungeKutta:
         """(slopes, rates) of each leaf at the stages, those for the error alone if `every` is asked
         for; where the last stage is, and the field there.
         """
-        tableau, at, value = self.tableau, y, first
-        slopes, rates = [[k] for k in first.slope], [[k] for k in first.rates]
-        for i in range(1, tableau.stages if every else tableau.used_stages):
-            at = _moved(y, slopes, tableau.a_weights[i], h)
-            value = field(t + tableau.c[i] * h, at)
-            for ks, k in zip(slopes, value.slope, strict=True):
+        tableau, at, value, width = self.tableau, y, first, len(y)
+        found = [[k] for part in first for k in part]
+        count = tableau.stages if every else tableau.used_stages
+        for c, weights in zip(tableau.c[1:count], tableau.a_weights[1:count], strict=True):
+            at = tuple([combine(leaf, ks, weights, h) for leaf, ks in zip(y, found, strict=False)])
+            value = field(t + c * h, at)
+            for ks, k in zip(found, value.slope + value.rates, strict=True):
                 ks.append(k)
-            if rates:
-                for ks, k in zip(rates, value.rates, strict=True):
-                    ks.append(k)
-        return slopes, rates, at, value
+        return found[:width], found[width:], at, value
 
 
 def take_step(
