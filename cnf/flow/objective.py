@@ -123,7 +123,7 @@ class FlowMatching(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         field, rows, told = self.flow.conditioned(context, training=True)
-        end = self.flow.white(x)[0]
+        end = self.flow.white(x)[0].detach()  # what is learned of a map, its density teaches
         start = torch.randn_like(end)
         if self.coupling is not None:
             start = start[self.coupling.match(start, end, told)]
