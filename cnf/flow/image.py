@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from cnf.data.digits import bits_per_dim
 from cnf.error import InputError, whole_number
 from cnf.flow.accuracy import (
     Info,
@@ -38,7 +37,7 @@ from cnf.flow.continuous import Solver, Stack
 from cnf.flow.dequantization import VariationalDequantization
 from cnf.flow.divergence import Divergence, Hutchinson, KnowsDivergence, choose_divergence
 from cnf.flow.image_recipe import ImageTraining, labels_column, new_field, plans_of
-from cnf.flow.image_settings import ImageSettings, image_settings
+from cnf.flow.image_settings import image_settings
 from cnf.flow.inpainting import inpainted
 from cnf.flow.keyed import KeyedHutchinson, keys_of, uniform
 from cnf.flow.pixel import Equalize, Logit, as_pixels, dequantized, quantized
