@@ -71,18 +71,20 @@ class ImageFlow(Carrier):
 
     shape: (channels, height, width); classes: of labels that images may have, 0 for none: the flow
     is then conditional, and also learns to do without, as label_dropout of the labels are withheld
-    in training.  field: "unet", whose channels at half the resolution are `width`; "mlp", two
-    hidden layers of 16·width, with the exact trace; "multiscale", FFJORD's stack of ODEs with three
-    layers of `width` channels each, without classes; or one's own f(t, x) → dx/dt over rows x
-    (batch, dim), t 0-d or (batch,); where there are classes f(t, x, labels), of shape (batch, 1),
-    −1 where withheld.
+    in training.
+    field: "unet", whose channels at half the resolution are `width`; "mlp", two hidden layers of
+    16·width, with the exact trace; "multiscale", FFJORD's stack of ODEs with three layers of
+    `width` channels each, without classes; or one's own f(t, x) → dx/dt over rows x (batch, dim),
+    t 0-d or (batch,); where there are classes f(t, x, labels), of shape (batch, 1), −1 where
+    withheld.
     dequantization: "uniform" noise between whole numbers, or "variational": noise whose law is
-    learned by maximum likelihood.  levels: of grey, pixels are 0 … levels − 1; alpha: of the logit that leads from the unit cube to
-    the whole space; equalize: whether `fit` puts in its place the map that makes the grey levels of
-    all training images normal.  base, divergence, method, step_size, rtol, atol, gradient: as for
-    `Flow`; divergence "auto" is the closed form where the field has one, else Hutchinson's
-    estimate; logdet_atol: by default 2e-5 nats a step for each pixel; precision: "mixed"
-    evaluates the field in bfloat16 in training, where autocast allows it, and only there; seed: of the initial weights.
+    learned by maximum likelihood; levels: of grey, pixels are 0 … levels − 1; alpha: of the logit
+    that leads from the unit cube to the whole space; equalize: whether `fit` puts in its place the
+    map that makes the grey levels of all training images normal.
+    base, divergence, method, step_size, rtol, atol, gradient: as for `Flow`; divergence "auto" is
+    the closed form where the field has one, else Hutchinson's estimate; logdet_atol: by default
+    2e-5 nats a step for each pixel; precision: "mixed" evaluates the field in bfloat16 in training,
+    where autocast allows it, and only there; seed: of the initial weights.
     An untrained flow is the identity.
     Source: Grathwohl et al. 2019, section 4.2; dequantization: Theis et al. 2016, section 3.1.
 
