@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from cnf.data.digits import bits_per_dim
 from cnf.error import InputError, whole_number
 from cnf.flow.accuracy import (
     Info,
@@ -33,10 +32,12 @@ from cnf.flow.base import LEARNED, LearnedBase, checked_base
 from cnf.flow.bits import Bits, measured_bits
 from cnf.flow.budget import with_budget
 from cnf.flow.carrier import Carrier
-from cnf.flow.continuous import Solver
+from cnf.flow.conditioned import Conditioned, Mixed
+from cnf.flow.continuous import Solver, Stack
+from cnf.flow.dequantization import VariationalDequantization
 from cnf.flow.divergence import Divergence, Hutchinson, KnowsDivergence, choose_divergence
 from cnf.flow.image_recipe import ImageTraining, labels_column, new_field, plans_of
-from cnf.flow.image_settings import ImageSettings, image_settings
+from cnf.flow.image_settings import image_settings
 from cnf.flow.inpainting import inpainted
 from cnf.flow.keyed import KeyedHutchinson, keys_of, uniform
 from cnf.flow.pixel import Equalize, Logit, as_pixels, dequantized, quantized
@@ -70,16 +71,20 @@ class ImageFlow(Carrier):
 
     shape: (channels, height, width); classes: of labels that images may have, 0 for none: the flow
     is then conditional, and also learns to do without, as label_dropout of the labels are withheld
-    in training.  field: "unet", whose channels at half the resolution are `width`; "mlp", two
-    hidden layers of 16·width, with the exact trace; "multiscale", FFJORD's stack of ODEs with three
-    layers of `width` channels each, without classes; or one's own f(t, x) → dx/dt over rows x
-    (batch, dim), t 0-d or (batch,); where there are classes f(t, x, labels), of shape (batch, 1),
-    −1 where withheld.
-    levels: of grey, pixels are 0 … levels − 1; alpha: of the logit that leads from the unit cube to
-    the whole space; equalize: whether `fit` puts in its place the map that makes the grey levels of
-    all training images normal.  base, divergence, method, step_size, rtol, atol, gradient: as for
-    `Flow`; divergence "auto" is the closed form where the field has one, else Hutchinson's
-    estimate; logdet_atol: by default 2e-5 nats a step for each pixel; seed: of the initial weights.
+    in training.
+    field: "unet", whose channels at half the resolution are `width`; "mlp", two hidden layers of
+    16·width, with the exact trace; "multiscale", FFJORD's stack of ODEs with three layers of
+    `width` channels each, without classes; or one's own f(t, x) → dx/dt over rows x (batch, dim),
+    t 0-d or (batch,); where there are classes f(t, x, labels), of shape (batch, 1), −1 where
+    withheld.
+    dequantization: "uniform" noise between whole numbers, or "variational": noise whose law is
+    learned by maximum likelihood; levels: of grey, pixels are 0 … levels − 1; alpha: of the logit
+    that leads from the unit cube to the whole space; equalize: whether `fit` puts in its place the
+    map that makes the grey levels of all training images normal.
+    base, divergence, method, step_size, rtol, atol, gradient: as for `Flow`; divergence "auto" is
+    the closed form where the field has one, else Hutchinson's estimate; logdet_atol: by default
+    2e-5 nats a step for each pixel; precision: "mixed" evaluates the field in bfloat16 in training,
+    where autocast allows it, and only there; seed: of the initial weights.
     An untrained flow is the identity.
     Source: Grathwohl et al. 2019, section 4.2; dequantization: Theis et al. 2016, section 3.1.
 
@@ -96,6 +101,7 @@ class ImageFlow(Carrier):
         field: str | OwnField = "unet",
         width: int = 32,
         label_dropout: float = 0.1,
+        dequantization: str = "uniform",
         alpha: float = 1e-6,
         levels: int = 256,
         equalize: bool = True,
@@ -107,9 +113,12 @@ class ImageFlow(Carrier):
         atol: float = 1e-4,
         logdet_atol: float | None = None,
         gradient: str | Gradient = "checkpoint",
+        precision: str = "single",
         seed: int | None = None,
     ) -> None:
         super().__init__()
+        _refuse_unknown("dequantization", dequantization, ("uniform", "variational"))
+        _refuse_unknown("precision", precision, ("single", "mixed"))
         self.shape = _checked_shape(shape)
         self.dim = math.prod(self.shape)
         self.classes = whole_number("classes", classes, 0)
@@ -134,6 +143,17 @@ class ImageFlow(Carrier):
         elif not callable(field):
             raise InputError(f"field must be a name, a function f(t, x) or a module, got {field!r}")
         self.field = field
+        self.precision = precision
+        if precision == "mixed" and isinstance(field, KnowsDivergence | Stack):
+            raise InputError(
+                "precision='mixed' is for one field without a closed form of its trace, such as "
+                "field='unet'; use precision='single'"
+            )
+        learned = dequantization == "variational"
+        with seeded(seed, torch.get_default_device()):
+            self.learned_noise = (
+                VariationalDequantization(self.shape, self.levels) if learned else None
+            )
         self.chosen_divergence()  # a name that does not exist is refused here
 
     def forward(self, images: Any, labels: Any = None) -> Tensor:
@@ -399,11 +419,15 @@ class ImageFlow(Carrier):
     # the maps ---------------------------------------------------------------------------------
 
     def white(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        within = x.new_zeros(len(x))
+        if self.learned_noise is not None:
+            x, within = self.learned_noise(x)
         y, logdet = self._map(x)
-        return y.to(self.dtype), logdet
+        return y.to(self.dtype), logdet + within
 
     def unwhite(self, z: Tensor) -> Tensor:
-        return self._map.invert(z if z.device.type == "mps" else z.double())
+        x = self._map.invert(z if z.device.type == "mps" else z.double())
+        return x if self.learned_noise is None else self.learned_noise.invert(x)
 
     @property
     def _map(self) -> Logit | Equalize:
@@ -423,6 +447,17 @@ class ImageFlow(Carrier):
         else:
             some = pixels[: 2**26 // self.dim]
             self.logit.fit(dequantized(some, torch.rand(some.shape).double(), self.levels))
+
+    def conditioned(
+        self,
+        context: Tensor | None = None,
+        guidance: float | None = None,
+        *,
+        training: bool = False,
+    ) -> Conditioned:
+        found = super().conditioned(context, guidance, training=training)
+        mixed = training and self.precision == "mixed"
+        return found._replace(field=Mixed(found.field)) if mixed else found
 
     def told(self, context: Tensor | None, training: bool) -> Tensor | None:
         """Labels (batch, 1), −1 where they are withheld."""
@@ -583,6 +618,8 @@ class ImageFlow(Carrier):
             "field": self.field_name,
             "width": self.width,
             "label_dropout": self.label_dropout,
+            "dequantization": "uniform" if self.learned_noise is None else "variational",
+            "precision": self.precision,
             "alpha": self.logit.alpha,
             "levels": self.levels,
             "equalize": self.equalizes,
@@ -681,6 +718,11 @@ def _checked_mask(mask: Any, shape: tuple[int, ...]) -> Tensor:
         raise InputError(
             f"mask is of shape {tuple(given.shape)}, which does not go with images {shape}"
         ) from None
+
+
+def _refuse_unknown(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"unknown {name} {value!r}; known are {', '.join(known)}")
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""How an image flow is made and trained: a split, flow matching, maximum likelihood, from settings."""
+"""How an image flow is made and trained: a split, flow matching, maximum likelihood."""
 
 from __future__ import annotations
 

@@ -63,8 +63,9 @@ class MaximumLikelihood(nn.Module):
     """The mean negative log-likelihood of a batch under a flow, in nats, 0-d.
 
     flow: trained in place; tolerance: of adaptive steps in training, or None for the flow's own;
-    regularizer: what is added to it; solver: of training, or None for the flow's own.  With Hutchinson's estimate the noise is drawn anew for every
-    row and batch.  After a call `nfe` is what it cost, and `terms` what the loss was made of.
+    regularizer: what is added to it; solver: of training, or None for the flow's own.  With
+    Hutchinson's estimate the noise is drawn anew for every row and batch.  After a call `nfe` is
+    what it cost, and `terms` what the loss was made of.
     Source: Chen et al. 2018, section 4; Grathwohl et al. 2019, section 3.
     """
 
@@ -123,7 +124,7 @@ class FlowMatching(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         field, rows, told = self.flow.conditioned(context, training=True)
-        end = self.flow.white(x)[0]
+        end = self.flow.white(x)[0].detach()  # what is learned of a map, its density teaches
         start = torch.randn_like(end)
         if self.coupling is not None:
             start = start[self.coupling.match(start, end, told)]

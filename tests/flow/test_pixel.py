@@ -62,7 +62,7 @@ def test_images_that_could_be_meant_otherwise_are_refused(images, words):
 def test_dequantized_pixels_are_those_pixels_again():
     pixels = as_pixels(WHOLE, (1, 3, 4), 256)
     x = dequantized(pixels, fresh_noise(pixels), 256)
-    assert x.dtype == F64 and 0 <= x.min() and x.max() < 1
+    assert x.dtype == F64 and x.min() >= 0 and x.max() < 1
     assert torch.equal(quantized(x, 256), pixels)
 
 
