@@ -126,10 +126,10 @@ def test_the_density_is_that_of_the_jacobian(settings):
 
 def test_probabilities_of_all_pixels_add_up_to_one():
     flow = stirred(ImageFlow((1, 1, 1), width=4, levels=4, divergence="tangents"), 0.3)
-    x = (torch.arange(1000).double()[:, None] + 0.5) / 1000
+    x = (torch.arange(300).double()[:, None] + 0.5) / 300
     log_prob = flow.log_prob_of_rows(x, flow.chosen_divergence(), flow.solver)[0]
 
-    assert log_prob.exp().mean().item() == pytest.approx(1.0, abs=0.002)
+    assert log_prob.exp().mean().item() == pytest.approx(1.0, abs=0.01)
 
 
 # --- what must not matter -------------------------------------------------------------------------
