@@ -349,9 +349,10 @@ def test_a_fit_saves_bits(settings):
     before.fit_maps(images.flatten(1))
     records = []
 
-    steps = 5 if method == "ml" or settings.get("field") == "multiscale" else 30
+    stack = settings.get("field") == "multiscale"
+    steps, lr = (10, 3e-2) if stack else (5 if method == "ml" else 30, 1e-2)
     flow.fit(
-        images, given, method=method, steps=steps, seed=0, batch_size=32, lr=1e-2,
+        images, given, method=method, steps=steps, seed=0, batch_size=32, lr=lr,
         callback=records.append, progress=False,
     )  # fmt: skip
 
