@@ -18,7 +18,7 @@ from cnf.cli.argument import (
     share,
     weight,
 )
-from cnf.flow.image_settings import FIELDS, METHODS
+from cnf.flow.image_settings import DEQUANTIZATIONS, FIELDS, METHODS, PRECISIONS
 
 GENERATE_PAGE = """\
 Train a flow over images and report what it is worth: bits per dimension of test images, and what
@@ -129,6 +129,10 @@ def _flow_arguments(flow: Any) -> None:
         "--label-dropout", metavar="X", type=share,
         help="share of images whose class is withheld in training",
     )  # fmt: skip
+    flow.add_argument(
+        "--dequantization", choices=DEQUANTIZATIONS,
+        help="noise between whole numbers: uniform, or learned by maximum likelihood (uniform)",
+    )  # fmt: skip
     flow.add_argument("--alpha", metavar="X", type=share, help="of the logit: how far from 0 and 1")
     flow.add_argument(
         FLAGS_OFF["equalize"], dest="equalize", action="store_false", default=None,
@@ -147,6 +151,9 @@ def _matching_arguments(training: Any) -> None:
     training.add_argument("--lr-ml", metavar="X", type=positive, help="of maximum likelihood")
     training.add_argument("--memory", metavar="X", type=positive, help="of the averaged weights")
     training.add_argument("--kinetic", metavar="X", type=weight, help="weight of paths' energy")
+    training.add_argument(
+        "--precision", choices=PRECISIONS, help="of the field in training (single)"
+    )
     training.add_argument("--jacobian", metavar="X", type=weight, help="of the field's Jacobian")
     run_arguments(training)
 

@@ -144,9 +144,11 @@ def _flow(settings: ImageSettings, data: Pixels) -> ImageFlow:
         field=settings.field,
         width=settings.width,
         label_dropout=settings.label_dropout,
+        dequantization=settings.dequantization,
         alpha=settings.alpha,
         levels=data.peak + 1,
         equalize=settings.equalize,
+        precision=settings.precision,
         seed=settings.seed,
     )
 

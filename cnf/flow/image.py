@@ -37,7 +37,7 @@ from cnf.flow.continuous import Solver, Stack
 from cnf.flow.dequantization import VariationalDequantization
 from cnf.flow.divergence import Divergence, Hutchinson, KnowsDivergence, choose_divergence
 from cnf.flow.image_recipe import ImageTraining, labels_column, new_field, plans_of
-from cnf.flow.image_settings import image_settings
+from cnf.flow.image_settings import DEQUANTIZATIONS, PRECISIONS, image_settings
 from cnf.flow.inpainting import inpainted
 from cnf.flow.keyed import KeyedHutchinson, keys_of, uniform
 from cnf.flow.pixel import Equalize, Logit, as_pixels, dequantized, quantized
@@ -117,8 +117,8 @@ class ImageFlow(Carrier):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        _refuse_unknown("dequantization", dequantization, ("uniform", "variational"))
-        _refuse_unknown("precision", precision, ("single", "mixed"))
+        _refuse_unknown("dequantization", dequantization, DEQUANTIZATIONS)
+        _refuse_unknown("precision", precision, PRECISIONS)
         self.shape = _checked_shape(shape)
         self.dim = math.prod(self.shape)
         self.classes = whole_number("classes", classes, 0)

@@ -9,6 +9,8 @@ from cnf.error import InputError, whole_number
 from cnf.odenet.settings import DATASETS
 
 FIELDS = ("unet", "mlp", "multiscale")
+DEQUANTIZATIONS = ("uniform", "variational")
+PRECISIONS = ("single", "mixed")
 METHODS = ("auto", "fm", "ml")
 
 
@@ -18,7 +20,8 @@ class ImageSettings:
 
     dataset: of DATASETS; conditional: whether the flow is told the images' classes.
     field: of FIELDS; width: of its channels, or of the MLP's two layers; label_dropout: share of
-    the images whose label is withheld; alpha, equalize: what is done to pixels before the ODE.
+    the images whose label is withheld; dequantization, alpha, equalize: what is done to pixels
+    before the ODE; precision: of the field in training.
     method: "fm", "ml", or "auto", the first and then the second; steps: of all of it; batch_size;
     lr: of flow matching, lr_ml: of maximum likelihood; memory: of the averaged weights, as a share
     of the steps taken; kinetic, jacobian: weights of RNODE's regularizers in maximum likelihood;
@@ -30,8 +33,10 @@ class ImageSettings:
     field: str = "unet"
     width: int = 32
     label_dropout: float = 0.1
+    dequantization: str = "uniform"
     alpha: float = 1e-6
     equalize: bool = True
+    precision: str = "single"
     method: str = "fm"
     steps: int = 20_000
     batch_size: int = 128
