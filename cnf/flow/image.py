@@ -35,7 +35,7 @@ from cnf.flow.carrier import Carrier
 from cnf.flow.conditioned import Conditioned, Mixed
 from cnf.flow.continuous import Solver, Stack
 from cnf.flow.dequantization import VariationalDequantization
-from cnf.flow.divergence import Divergence, Hutchinson, KnowsDivergence, choose_divergence
+from cnf.flow.divergence import Divergence, Hutchinson, KnowsDivergence
 from cnf.flow.image_recipe import ImageTraining, labels_column, new_field, plans_of
 from cnf.flow.image_settings import DEQUANTIZATIONS, PRECISIONS, image_settings
 from cnf.flow.inpainting import inpainted
@@ -479,7 +479,7 @@ class ImageFlow(Carrier):
         """
         if self.divergence == "auto" and not isinstance(self.field, KnowsDivergence):
             return Hutchinson()
-        return choose_divergence(self.divergence, self.field)
+        return super().chosen_divergence()
 
     @property
     def trace_is_exact(self) -> bool:
@@ -516,22 +516,20 @@ class ImageFlow(Carrier):
         """
         if device is not None:
             move_flow(self, device)
-        seconds, steps = checked_budget(seconds, steps, lr)
-        if steps is None and seconds is None:
+        if seconds is None and steps is None:
             seconds = SECONDS
+        seconds, steps = checked_budget(seconds, steps, lr)
         given = {"method": method, "steps": steps, "lr": lr, "lr_ml": lr, "batch_size": batch_size}
         settings = image_settings({k: v for k, v in given.items() if v is not None})
         with seeded(seed, self.device):
             held = self._validation(validation, labels)
-            if isinstance(held, float):
-                count = len(images)
-                settings = replace(settings, validation=max(1, round(held * count)))
-                held = None
+            if not isinstance(held, tuple):
+                settings = replace(settings, validation=max(1, round(held * len(images))))
             training = ImageTraining(
                 self,
                 images,
                 labels,
-                validation=held,
+                validation=held if isinstance(held, tuple) else None,
                 settings=settings,
                 plans=plans_of(settings, self, seconds),
                 regularizer=regularizer,
