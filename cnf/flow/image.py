@@ -411,6 +411,8 @@ class ImageFlow(Carrier):
         return torch.where(known, pixels, filled).reshape(-1, *self.shape)
 
     def _decoded(self, z: Tensor, column: Tensor | None, request: Request, chunk: int) -> Tensor:
+        if not len(z):
+            return quantized(z, self.levels).reshape(-1, *self.shape)
         contexts = [None] * len(z.split(chunk)) if column is None else column.split(chunk)
         pairs = zip(z.split(chunk), contexts, strict=True)
         x = torch.cat([self.decoded(*rows, request, False)[0] for rows in pairs])

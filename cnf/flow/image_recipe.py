@@ -27,8 +27,8 @@ from cnf.training.batches import Shuffled
 from cnf.training.loop import Best, Plan, Progress, Training, put
 
 JUDGED_IMAGES = 128  # of those held back, whenever the weights are judged
-JUDGED_NFE = 24
-TRAINED_NFE = 16  # of a solve in maximum likelihood
+JUDGED_NFE = 32
+TRAINED_NFE = 20  # of a solve in maximum likelihood: other steps than those it is judged by
 JUDGEMENTS = 12
 MLP_WIDTHS = 16  # units of a hidden layer for each of a U-Net's channels
 SHARE = 0.05  # of the images that are held back where nobody says how many

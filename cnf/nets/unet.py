@@ -27,6 +27,7 @@ from cnf.nets.tangent import (
 )
 
 GROUPS = 8  # of channels that are normalized together, at the most
+LEAST = 4  # channels of a group
 LARGE = 16  # pixels a side from which on an image comes in as blocks of 2 × 2
 NEAR = 0.02  # how close to either end of time the embedding tells times apart
 
@@ -119,7 +120,7 @@ class UNet(nn.Module):
         h = joined(h, kept)
         for block in self.up:
             h = block(h, signal)
-        gain, shift = halves(through(self.last, through(self.act, through(self.norm, h))))
+        gain, shift = halves(through(self.last, through(self.act, _normed(self.norm, h))))
         moved = added(multiplied(gain, image), shift)
         return rearranged(moved, lambda h: functional.pixel_shuffle(h, self.patch).flatten(1))
 
@@ -149,8 +150,8 @@ class _Block(nn.Module):
 
     def forward(self, x: Any, signal: Tensor) -> Any:
         scale, shift = self.told(signal)[:, :, None, None].chunk(2, 1)
-        h = through(self.first, through(self.act, through(self.before, x)))
-        h = modulated(through(self.between, h), 1 + scale, shift)
+        h = through(self.first, through(self.act, _normed(self.before, x)))
+        h = modulated(_normed(self.between, h), 1 + scale, shift)
         return added(through(self.shortcut, x), through(self.second, through(self.act, h)))
 
 
@@ -174,4 +175,11 @@ class _TimeEmbedding(nn.Module):
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
+    return nn.GroupNorm(math.gcd(GROUPS, max(1, channels // LEAST)), channels)
+
+
+def _normed(norm: nn.GroupNorm, h: Any) -> Any:
+    """norm(h), of a single pixel too: its channels are values enough, which the layer denies."""
+    if isinstance(h, Tensor):
+        return torch.group_norm(h, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return through(norm, h)

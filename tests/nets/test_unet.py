@@ -62,6 +62,14 @@ def test_no_label_is_the_label_minus_one():
     assert torch.allclose(net(t, x), net(t, x, none))
 
 
+def test_one_pixel_of_one_image_is_enough():
+    net = moving((1, 1, 1))
+    x = torch.randn(2, 1, dtype=F64)
+    t = torch.tensor(0.5, dtype=F64)
+    assert torch.allclose(net(t, x[:1]), net(t, x)[:1])
+    assert not torch.allclose(net(t, x[:1]), net(t, x[1:]))
+
+
 def test_it_starts_as_a_field_that_stands_still():
     net = nets.UNet((1, 16, 16), width=8, classes=2)
     assert not net(torch.tensor(0.7), torch.randn(3, 256)).any()
