@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 
 COUPLINGS = 2
 WIDTH = 32  # channels of a coupling's hidden layer
-REACH = 3.0  # the logarithm of the most that a coupling stretches by
+REACH = 1.0  # the logarithm of the most that a coupling stretches by
 EDGE = 1e-9  # how far noise stays from the ends of its cell
 
 

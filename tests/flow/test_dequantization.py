@@ -13,14 +13,14 @@ PIXELS = torch.randint(0, 8, (4, 18))
 
 
 def rows():
-    return dequantized(PIXELS, torch.rand(4, 18, dtype=torch.float64), 8)
+    return dequantized(PIXELS, torch.rand(4, 18, dtype=torch.float64).clamp(0.01, 0.99), 8)
 
 
 def moved():
     noise = VariationalDequantization(SHAPE, 8).double()
     with torch.no_grad():
         for parameter in noise.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return noise
 
 
