@@ -477,7 +477,8 @@ class ImageFlow(Carrier):
         """The divergence in use; "auto" is the closed form where the field has one, else
         Hutchinson's estimate.
         """
-        if self.divergence == "auto" and not isinstance(self.field, KnowsDivergence):
+        knows = isinstance(self.field, KnowsDivergence)
+        if self.divergence == "auto" and not knows:
             return Hutchinson()
         return super().chosen_divergence()
 
@@ -523,13 +524,14 @@ class ImageFlow(Carrier):
         settings = image_settings({k: v for k, v in given.items() if v is not None})
         with seeded(seed, self.device):
             held = self._validation(validation, labels)
+            pair = held if isinstance(held, tuple) else None
             if not isinstance(held, tuple):
                 settings = replace(settings, validation=max(1, round(held * len(images))))
             training = ImageTraining(
                 self,
                 images,
                 labels,
-                validation=held if isinstance(held, tuple) else None,
+                validation=pair,
                 settings=settings,
                 plans=plans_of(settings, self, seconds),
                 regularizer=regularizer,

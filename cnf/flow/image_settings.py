@@ -64,7 +64,7 @@ class ImageSettings:
 
 
 DIGITS: dict[str, Any] = {
-    "width": 16, "steps": 2000, "batch_size": 128, "lr": 4e-3, "validation": 270
+    "width": 16, "steps": 1600, "batch_size": 128, "lr": 4e-3, "validation": 270
 }  # fmt: skip
 
 

@@ -134,8 +134,8 @@ class _Path:
         if not self._parts:
             return Moved(x, x.new_full((len(x),), math.nan), Stats())
         logdet = torch.stack([part.logdet for part in self._parts]).sum(0)
-        terms = zip(*(part.along for part in self._parts), strict=True)
-        along = tuple(torch.stack(several).sum(0) for several in terms)
+        gathered = zip(*(part.along for part in self._parts), strict=True)
+        along = tuple(torch.stack(terms).sum(0) for terms in gathered)
         return Moved(x, logdet, reduce(_summed, (part.stats for part in self._parts)), along)
 
 
