@@ -29,6 +29,7 @@ from cnf.flow.accuracy import (
     within_error,
 )
 from cnf.flow.base import LEARNED, LearnedBase, checked_base
+from cnf.flow.batch import Kind
 from cnf.flow.bits import Bits, measured_bits
 from cnf.flow.budget import with_budget
 from cnf.flow.carrier import Carrier
@@ -688,6 +689,17 @@ class ImageFlow(Carrier):
 
     def _no_points(self) -> Tensor:
         return torch.empty(0, *self.shape, dtype=self.dtype, device=self.device)
+
+    @property
+    def context(self) -> int:
+        """Columns of what the field is told of every row: the label, where there are classes."""
+        return 1 if self.classes else 0
+
+    @property
+    def kind(self) -> Kind:
+        """What dequantized rows are made to be before the maps take them."""
+        wide = self.dtype if self.device.type == "mps" else torch.float64
+        return Kind(self.dim, wide, self.device)
 
     @property
     def dtype(self) -> torch.dtype:
