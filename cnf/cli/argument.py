@@ -29,10 +29,8 @@ def device_argument(verb: Any) -> None:
     verb.add_argument("--device", metavar="NAME", default="cpu", help="cpu, cuda, mps (cpu)")
 
 
-def place_arguments(task: Any, out: str) -> None:
-    """Add where the run folder is, by default `out`, and what is printed."""
-    place = task.add_argument_group("where the results go")
-    place.add_argument("--out", metavar="RUN", help=f"the run folder (default: {out})")
+def again_arguments(place: Any) -> None:
+    """Add --overwrite and --resume: what becomes of a run that is there already."""
     again = place.add_mutually_exclusive_group()
     again.add_argument(
         "--overwrite", action="store_true", help="replace the run in that folder, if there is one"
@@ -40,6 +38,25 @@ def place_arguments(task: Any, out: str) -> None:
     again.add_argument(
         "--resume", action="store_true", help="go on with the run in that folder where it stopped"
     )
+
+
+def running_arguments(training: Any) -> None:
+    """Add what a run that goes on may change: --threads, --save-every and --device."""
+    training.add_argument(
+        "--threads", metavar="N", type=count, default=None, help="of torch on the CPU"
+    )
+    training.add_argument(
+        "--save-every", metavar="S", type=positive, default=60.0,
+        help="seconds between snapshots (60)",
+    )  # fmt: skip
+    training.add_argument("--device", metavar="NAME", default=None, help="cpu, cuda, mps (cpu)")
+
+
+def place_arguments(task: Any, out: str) -> None:
+    """Add where the run folder is, by default `out`, and what is printed."""
+    place = task.add_argument_group("where the results go")
+    place.add_argument("--out", metavar="RUN", help=f"the run folder (default: {out})")
+    again_arguments(place)
     place.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     place.add_argument("--quiet", action="store_true", help="no progress, nothing but warnings")
 
@@ -56,12 +73,7 @@ def files_arguments(data: Any, default: str) -> None:
 def run_arguments(training: Any) -> None:
     """Add what any training takes that can be resumed."""
     training.add_argument("--seed", metavar="K", type=seed, help="of weights and batches (0)")
-    training.add_argument("--threads", metavar="N", type=count, help="of torch on the CPU")
-    training.add_argument(
-        "--save-every", metavar="S", type=positive, default=60.0,
-        help="seconds between snapshots (60)",
-    )  # fmt: skip
-    device_argument(training)
+    running_arguments(training)
 
 
 # --- values ---------------------------------------------------------------------------------------

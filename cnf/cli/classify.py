@@ -23,6 +23,7 @@ from cnf.cli.folder import (
     TRAINING,
     json_text,
     read_json,
+    unfinished,
 )
 from cnf.cli.parser import parse
 from cnf.cli.training import (
@@ -51,20 +52,24 @@ from cnf.odenet.recipe import ImageTraining, build, images_of, split
 from cnf.odenet.settings import ODE_NETS, Settings, chosen
 from cnf.plot import classifier_figure, confusion_figure, save_figure
 from cnf.training.loop import Progress
+from cnf.training.ranks import here
 from cnf.training.seed import seeded
+from cnf.training.snapshot import Snapshots
 
 
 def run(arguments: Namespace) -> None:
     """Train, select, judge and draw; the figures go to stdout and into the run folder."""
     figures = classified(arguments)
+    if not here().is_first:
+        return
     print(json_text(figures) if arguments.json else "\n".join(_lines(figures)))
 
 
 def classified(arguments: Namespace) -> dict[str, Any]:
-    """The figures of a run, which is in its folder when they come."""
+    """The figures of a run, which is in its folder when they come; none for ranks but the first."""
     start = time.perf_counter()
-    device = usable_device(arguments.device)
     settings = _settings(arguments)
+    device = usable_device(arguments.device or "cpu")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     download = not (arguments.no_download or arguments.data)
@@ -72,18 +77,22 @@ def classified(arguments: Namespace) -> dict[str, Any]:
     parts = split(data, settings.validation, settings.seed)
     with opened_folder(arguments, settings.name) as folder, seeded(settings.seed, device):
         net = build(settings, parts.shape, parts.classes).to(device)
-        training = ImageTraining(net, parts, settings)
-        verb, count = ("going on with" if arguments.resume else "training"), parameter_count(net)
-        tell(arguments, f"{verb} {settings.name}, {count:,} parameters, in {folder.path}")
-        history = begun(training, folder, config_of(settings, arguments), device, arguments)
-        train_on(training, folder, history, device, arguments, _told)
+        with here().together():
+            training = ImageTraining(net, parts, settings)
+            verb = "going on with" if arguments.resume else "training"
+            count = parameter_count(net)
+            tell(arguments, f"{verb} {settings.name}, {count:,} parameters, in {folder.path}")
+            history = begun(training, folder, config_of(settings, arguments), device, arguments)
+            train_on(training, folder, history, device, arguments, _told)
+        if not here().is_first:
+            return {}
         training.select()
         write_classifier(folder.path, net, settings, parts.shape, parts.classes)
         figures = _figures(training, history, settings, arguments)
         figures |= {"run": str(folder.path), "seconds": time.perf_counter() - start}
         _draw(folder.path, history, figures, settings)
         folder.write_json(FIGURES, figures)
-        (folder.path / SNAPSHOT).unlink(missing_ok=True)
+        Snapshots(folder.path / SNAPSHOT).remove()
     return figures
 
 
@@ -99,7 +108,7 @@ def finished(folder: Path, given: Sequence[str], arguments: Namespace) -> dict[s
         if settings_of(read_json(folder / CONFIG)["settings"]) != settings:
             raise InputError(f"{folder} holds a run of other settings; choose another --out")
         return read_json(folder / FIGURES)
-    wanted.resume = (folder / CONFIG).is_file() and (folder / SNAPSHOT).is_file()
+    wanted.resume = (folder / CONFIG).is_file() and Snapshots(folder / SNAPSHOT).exist
     tell(arguments, f"{'going on with' if wanted.resume else 'training'} {folder}")
     return classified(wanted)
 
@@ -113,9 +122,11 @@ def _settings(arguments: Namespace) -> Settings:
     wanted = chosen(arguments.preset, given)
     if not arguments.resume:
         return wanted
-    out = out_of(arguments, wanted.name)
-    kept, threads = settings_kept(out, stopped_config(out), given, settings_of, "classifier")
-    torch.set_num_threads(arguments.threads or threads)
+    arguments.out = arguments.out or unfinished(out_of(arguments, wanted.name))
+    config = stopped_config(arguments.out)
+    kept, threads = settings_kept(arguments.out, config, given, settings_of, "classifier")
+    arguments.threads = arguments.threads or threads
+    arguments.device = arguments.device or config.get("arguments", {}).get("device")
     return kept
 
 

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from cnf.cli.device import usable_device
-from cnf.cli.folder import CONFIG, FIGURES, MODEL, SNAPSHOT, RunFolder, json_text, read_json
+from cnf.cli.folder import (
+    FIGURES,
+    MODEL,
+    SNAPSHOT,
+    RunFolder,
+    json_text,
+    read_config,
+    records_in,
+    unfinished,
+)
 from cnf.cli.image_picture import save_pictures
 from cnf.cli.image_report import (
     density_figures,
@@ -33,7 +42,6 @@ from cnf.cli.training import (
     is_trained,
     opened_folder,
     out_of,
-    records_in,
     settings_kept,
     stopped_config,
     tell,
@@ -45,6 +53,7 @@ from cnf.flow.image_settings import ImageSettings, image_settings
 from cnf.odenet.network import parameter_count
 from cnf.training.loop import Progress
 from cnf.training.seed import seeded
+from cnf.training.snapshot import Snapshots
 
 PHASES = {"fm": "flow matching", "ml": "maximum likelihood"}
 
@@ -58,8 +67,9 @@ def run(arguments: Namespace) -> None:
 def generated(arguments: Namespace) -> dict[str, Any]:
     """The figures of a run, which is in its folder when they come."""
     start = time.perf_counter()
-    device = usable_device(arguments.device)
     settings = _settings(arguments)
+    arguments.device = arguments.device or "cpu"
+    device = usable_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     data = pixels_of(settings.dataset, arguments, settings.validation, settings.seed)
@@ -79,7 +89,7 @@ def generated(arguments: Namespace) -> dict[str, Any]:
             "seconds": time.perf_counter() - start,
         }
         folder.write_json(FIGURES, figures)
-        (folder.path / SNAPSHOT).unlink(missing_ok=True)
+        Snapshots(folder.path / SNAPSHOT).remove()
     return figures
 
 
@@ -92,10 +102,12 @@ def _settings(arguments: Namespace) -> ImageSettings:
     wanted = image_settings(given)
     if not arguments.resume:
         return wanted
-    out = out_of(arguments, wanted.name)
-    config = read_json(Path(out, CONFIG)) if is_trained(out) else stopped_config(out)
+    arguments.out = arguments.out or unfinished(out_of(arguments, wanted.name))
+    out = arguments.out
+    config = read_config(Path(out)) if is_trained(out) else stopped_config(out)
     kept, threads = settings_kept(out, config, given, image_settings, "flow over images")
-    torch.set_num_threads(arguments.threads or threads)
+    arguments.threads = arguments.threads or threads
+    arguments.device = arguments.device or config.get("arguments", {}).get("device")
     return kept
 
 

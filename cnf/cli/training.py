@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -16,34 +14,29 @@ import torch
 from tqdm import tqdm
 
 from cnf.cli.folder import (
-    CONFIG,
     MODEL,
     SNAPSHOT,
-    STEPS,
     RunFolder,
     claimed_folder,
-    read_json,
+    read_config,
     resumed_folder,
     versions,
 )
+from cnf.cli.resumption import other_setting, resumable, snapshots_of
 from cnf.error import InputError
 from cnf.training.loop import Progress
-from cnf.training.snapshot import Interval, postponed_signals, read_snapshot, write_snapshot
+from cnf.training.ranks import here
+from cnf.training.snapshot import Resumable, Snapshots
 
 Told = Callable[[Progress], str]  # a record in words
 Chosen = TypeVar("Chosen")
 
 
-class Resumable(Protocol):
-    """What is trained: see `cnf.training.loop.Training`."""
+class Stepping(Resumable, Protocol):
+    """A training that tells how many steps it has taken."""
 
     @property
     def step(self) -> int: ...
-    @property
-    def is_done(self) -> bool: ...
-    def __iter__(self) -> Iterator[Progress]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def tell(arguments: Namespace, message: str) -> None:
@@ -66,13 +59,13 @@ def given_settings(arguments: Namespace, kind: type[Any]) -> dict[str, Any]:
 def is_trained(out: str | Path) -> bool:
     """Whether a folder holds a run whose training has ended, and its report with it."""
     folder = Path(out)
-    return (folder / MODEL).is_file() and not (folder / SNAPSHOT).is_file()
+    return (folder / MODEL).is_file() and not Snapshots(folder / SNAPSHOT).exist
 
 
 def stopped_config(out: str) -> dict[str, Any]:
     """The config.json of a run that was stopped.  Raises InputError where there is no such run."""
     with resumed_folder(out) as folder:
-        return read_json(folder.path / CONFIG)
+        return read_config(folder.path)
 
 
 def settings_kept(
@@ -81,7 +74,7 @@ def settings_kept(
     given: Mapping[str, Any],
     read: Callable[[dict[str, Any]], Chosen],
     what: str,
-) -> tuple[Chosen, int]:
+) -> tuple[Chosen, int | None]:
     """The settings of the run in a folder, and its threads.
 
     config: its config.json; given: settings that were given again; read: makes settings of what is
@@ -93,11 +86,8 @@ def settings_kept(
     kept = read(config["settings"])
     for name, value in given.items():
         if getattr(kept, name) != value:
-            raise InputError(
-                f"the run in {out} has {name} {getattr(kept, name)!r}, not {value!r}; leave that "
-                "out, or begin a new run without --resume"
-            )
-    return kept, config["threads"]
+            raise other_setting(out, name, getattr(kept, name), value)
+    return kept, config.get("threads")
 
 
 def config_of(settings: Any, arguments: Namespace) -> dict[str, Any]:
@@ -106,6 +96,7 @@ def config_of(settings: Any, arguments: Namespace) -> dict[str, Any]:
         "arguments": vars(arguments),
         "settings": asdict(settings),
         "threads": torch.get_num_threads(),
+        "ranks": here().world,
         "versions": versions(),
     }
 
@@ -120,7 +111,7 @@ def opened_folder(arguments: Namespace, name: str) -> Iterator[RunFolder]:
 
 
 def begun(
-    training: Resumable,
+    training: Stepping,
     folder: RunFolder,
     config: Mapping[str, Any],
     device: torch.device,
@@ -131,55 +122,36 @@ def begun(
     config: what it takes to repeat the run, or to go on with it.
     Raises InputError for a snapshot of another training.
     """
-    path = folder.path / SNAPSHOT
-    if not arguments.resume:
+    snapshots = snapshots_of(folder, arguments)
+    if snapshots.begun is None:
         folder.begin(config)
-        write_snapshot(path, training.state_dict(), device)
+        snapshots.write(training.state_dict(), device)
         return []
-    state = read_snapshot(path, device)
-    try:
-        training.load_state_dict(state)
-    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not of this run; begin a new one without --resume") from error
-    return [_record(line) for line in folder.go_on(training.step)]
-
-
-def records_in(folder: Path) -> list[Progress]:
-    """The records of a run whose training has ended."""
-    lines = (folder / STEPS).read_text(encoding="utf-8").splitlines()
-    return [_record(json.loads(line)) for line in lines]
-
-
-def _record(line: dict[str, Any]) -> Progress:
-    """A record of steps as it was; null was no finite number."""
-    return Progress(**{**line, "loss": math.nan if line["loss"] is None else line["loss"]})
+    snapshots.take_up(training, device)
+    return folder.go_on(training.step)
 
 
 def train_on(
-    training: Resumable,
+    training: Stepping,
     folder: RunFolder,
     history: list[Progress],
     device: torch.device,
     arguments: Namespace,
     told: Told,
 ) -> None:
-    """Train to the end; every record goes into the history and the folder.
-
-    A snapshot is kept at an interval and, before the program ends, on Ctrl-C and SIGTERM.
+    """Train to the end; every record goes into the history and the folder, and snapshots are kept
+    at an interval and, before the program ends, on Ctrl-C and SIGTERM.
     """
-    path, due = folder.path / SNAPSHOT, Interval(arguments.save_every)
-    with postponed_signals() as is_asked_to_stop, _shown(arguments, told) as show:
-        for record in training:
+    snapshots = Snapshots(folder.path / SNAPSHOT, arguments.save_every)
+    with (
+        resumable(f"mnist {arguments.task}", folder),
+        _shown(arguments, told) as show,
+        closing(snapshots.follow(training, device)) as records,
+    ):
+        for record in records:
             folder.add_step(asdict(record))
             history.append(record)
             show(record)
-            stops = is_asked_to_stop()
-            if stops or due.is_over() or training.is_done:
-                write_snapshot(path, training.state_dict(), device)
-            if stops:
-                raise KeyboardInterrupt(
-                    f"`cnf mnist {arguments.task} --resume --out {folder.path}` goes on from here"
-                )
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from cnf.ode.control import Adaptive, FixedStep
 from cnf.ode.gradient.problem import Gradient
 from cnf.ode.method import Method
 from cnf.ode.tableau import Tableau
+from cnf.training.ranks import row_noise
 from cnf.training.seed import seeded
 
 OwnField = nn.Module | Callable[..., Tensor]
@@ -116,7 +117,9 @@ class Transport(Carrier):
             return told
         given = torch.ones_like(told[:, :1])
         if training:
-            given = (torch.rand_like(given) >= self.context_dropout).to(told.dtype)
+            kind = {"dtype": given.dtype, "device": given.device}
+            chances = row_noise(len(given), lambda rows: torch.rand(rows, 1, **kind))
+            given = (chances >= self.context_dropout).to(told.dtype)
         return torch.cat([told * given, given], 1)
 
     def told_nothing(self, told: Tensor) -> Tensor:
@@ -143,6 +146,11 @@ class Transport(Carrier):
     def take_field(self, field: nn.Module, shape: Shape) -> None:
         """Put another default field in the place of this one; its shape is then settled."""
         self.field, self.shape, self._open_shape = field, shape, (False, False)
+
+    def reopen_field(self, shape: Shape, open_shape: tuple[bool, bool]) -> None:
+        """Put an untrained default field in the place of this one, of which so much is open."""
+        self.take_field(self.new_field(shape), shape)
+        self._open_shape = open_shape
 
     @property
     def config(self) -> dict[str, Any]:
