@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cnf.flow.divergence import Hutchinson as Hutchinson
     from cnf.flow.divergence import Tangents as Tangents
     from cnf.flow.flow import Flow as Flow
+    from cnf.flow.image import ImageFlow as ImageFlow
     from cnf.flow.objective import FlowMatching as FlowMatching
     from cnf.flow.objective import MaximumLikelihood as MaximumLikelihood
     from cnf.flow.regularizer import Regularizer as Regularizer
@@ -56,6 +57,7 @@ _HOMES = {
     "FlowMatching": "cnf.flow.objective",
     "GaussianMixture": "cnf.flow.base",
     "Hutchinson": "cnf.flow.divergence",
+    "ImageFlow": "cnf.flow.image",
     "InputError": "cnf.error",
     "IntegrationError": "cnf.error",
     "MaximumLikelihood": "cnf.flow.objective",

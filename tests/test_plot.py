@@ -126,6 +126,18 @@ FIGURES = {
     "confusion": lambda: plot.confusion_figure(np.eye(10) * 90 + np.arange(10), "mnist"),
     "confusion of none": lambda: plot.confusion_figure(np.zeros((3, 3)), names=["a", "b", "c"]),
     "digits": lambda: plot.digits_figure(points(7, 64), points(5, 64), (8, 8)),
+    "roc": lambda: plot.roc_figure(
+        {
+            name: {score: ([0, 0.2, 1], [0, 0.9, 1], 0.8) for score in ("log p", "typicality")}
+            for name in ("noise", "blurred", "inverted", "rotated", "shuffled")
+        },
+        "outliers",
+    ),
+    "roc of one": lambda: plot.roc_figure({"noise": {"log p": ([0, 1], [0, 1], 0.5)}}),
+    "images": lambda: plot.images_figure(
+        points(30, 784), (1, 28, 28), 6, 255, [str(i) for i in range(5)], ["drawn", "nearest"], "a"
+    ),
+    "images of colour without words": lambda: plot.images_figure(points(24, 48), (3, 4, 4), 4),
 }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from cnf.error import InputError
+from cnf.odenet.settings import DATASETS
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,6 +50,30 @@ def running_arguments(training: Any) -> None:
         help="seconds between snapshots (60)",
     )  # fmt: skip
     training.add_argument("--device", metavar="NAME", default=None, help="cpu, cuda, mps (cpu)")
+
+
+def place_arguments(task: Any, out: str) -> None:
+    """Add where the run folder is, by default `out`, and what is printed."""
+    place = task.add_argument_group("where the results go")
+    place.add_argument("--out", metavar="RUN", help=f"the run folder (default: {out})")
+    again_arguments(place)
+    place.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    place.add_argument("--quiet", action="store_true", help="no progress, nothing but warnings")
+
+
+def files_arguments(data: Any, default: str) -> None:
+    """Add which images, and where they are found; default: in words."""
+    data.add_argument("--dataset", choices=DATASETS, help=f"which images {default}")
+    data.add_argument("--data", metavar="FOLDER", help="the folder that holds the IDX files")
+    data.add_argument(
+        "--no-download", action="store_true", help="fail where the files are not found"
+    )
+
+
+def run_arguments(training: Any) -> None:
+    """Add what any training takes that can be resumed."""
+    training.add_argument("--seed", metavar="K", type=seed, help="of weights and batches (0)")
+    running_arguments(training)
 
 
 # --- values ---------------------------------------------------------------------------------------
@@ -104,6 +129,20 @@ def numbers(text: str) -> list[float]:
     if not all(map(math.isfinite, values)):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0.5,2")
     return values
+
+
+def finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
+
+
+def labels(text: str) -> list[int]:
+    return [seed(part.strip()) for part in text.split(",")]
 
 
 def names(text: str) -> list[str]:

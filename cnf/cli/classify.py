@@ -6,7 +6,6 @@ import math
 import sys
 import time
 from argparse import Namespace
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,17 @@ from cnf.cli.folder import (
     SNAPSHOT,
     TRAINING,
     json_text,
-    read_config,
     unfinished,
 )
 from cnf.cli.training import (
     begun,
     config_of,
     costs_told,
+    given_settings,
     opened_folder,
     out_of,
     settings_kept,
+    stopped_config,
     tell,
     train_on,
 )
@@ -93,21 +93,15 @@ def classified(arguments: Namespace) -> dict[str, Any]:
 # --- what to do -----------------------------------------------------------------------------------
 
 
-def given_settings(arguments: Namespace) -> dict[str, Any]:
-    """The settings that were given."""
-    values = ((one.name, getattr(arguments, one.name, None)) for one in fields(Settings))
-    return {name: value for name, value in values if value is not None}
-
-
 def _settings(arguments: Namespace) -> Settings:
     """Of the preset and the arguments; of the run itself where it is resumed."""
-    given = given_settings(arguments)
+    given = given_settings(arguments, Settings)
     wanted = chosen(arguments.preset, given)
     if not arguments.resume:
         return wanted
     arguments.out = arguments.out or unfinished(out_of(arguments, wanted.name))
-    kept, threads = settings_kept(arguments.out, given, settings_of, "classifier")
-    config = read_config(Path(arguments.out))
+    config = stopped_config(arguments.out)
+    kept, threads = settings_kept(arguments.out, config, given, settings_of, "classifier")
     arguments.threads = arguments.threads or threads
     arguments.device = arguments.device or config.get("arguments", {}).get("device")
     return kept

@@ -9,7 +9,8 @@ from typing import Any
 from cnf.cli import classify
 from cnf.cli.classifier import settings_of
 from cnf.cli.folder import CONFIG, FIGURES, MODEL, SNAPSHOT, read_json
-from cnf.cli.training import tell
+from cnf.cli.parser import parse
+from cnf.cli.training import given_settings, tell
 from cnf.error import InputError
 from cnf.odenet.settings import Settings, chosen
 from cnf.training.snapshot import Snapshots
@@ -34,7 +35,7 @@ def given(arguments: Namespace, *more: str) -> tuple[str, ...]:
 def settings_for(told: tuple[str, ...]) -> Settings:
     """The settings that these arguments mean."""
     wanted = _parsed(Path(), told)
-    return chosen(wanted.preset, classify.given_settings(wanted))
+    return chosen(wanted.preset, given_settings(wanted, Settings))
 
 
 def figures_of(folder: Path, told: tuple[str, ...]) -> dict[str, Any] | None:
@@ -62,6 +63,4 @@ def finished(folder: Path, told: tuple[str, ...], arguments: Namespace) -> dict[
 
 
 def _parsed(folder: Path, told: tuple[str, ...]) -> Namespace:
-    from cnf.cli.parser import parse
-
     return parse(["mnist", "classify", *told, "--out", str(folder), "--quiet"], "")

@@ -30,6 +30,7 @@ from cnf.training.snapshot import Snapshots
 MODEL, CONFIG, FIGURES, STEPS = "model.safetensors", "config.json", "metrics.json", "metrics.jsonl"
 DENSITY, SAMPLES, TRAINING = "density.png", "samples.png", "training.png"
 CONFUSION, SNAPSHOT = "confusion.png", "snapshot.pt"
+CLASSES, BETWEEN, NEIGHBOURS = "classes.png", "interpolation.png", "neighbours.png"  # of images
 FORMAT = 1  # of the folder; raised when an older reader would misread it
 FILES = (MODEL, CONFIG, FIGURES, STEPS, DENSITY, SAMPLES, TRAINING)
 # what `cnf plot` may add
@@ -63,7 +64,7 @@ class RunFolder:
 
     def begin(self, config: Mapping[str, Any]) -> None:
         """Write config.json and open the record of steps, once what an older run left is gone."""
-        for name in (*FILES, *DRAWN, CONFUSION):
+        for name in (*FILES, *DRAWN, CONFUSION, CLASSES, BETWEEN, NEIGHBOURS):
             if name != STEPS:  # it holds our claim to the folder, and is emptied below
                 (self.path / name).unlink(missing_ok=True)
         _sweep(self.path)
@@ -131,6 +132,11 @@ class OthersFolder(RunFolder):
 
     def save(self, flow: Flow) -> None:
         pass
+
+
+def records_in(folder: Path) -> list[Progress]:
+    """The records of a run whose training has ended."""
+    return [record for _, record in _recorded(folder / STEPS)]
 
 
 def _recorded(path: Path) -> list[tuple[str, Progress]]:
@@ -359,6 +365,17 @@ def read_run(path: str, device: torch.device) -> Run:
     return Run(folder, flow, tuple(data["columns"]), bool(data.get("named")), dequantized, context)
 
 
+def _other(folder: Path, config: Mapping[str, Any]) -> InputError:
+    """What is said of a run of `cnf mnist`, which is of no table."""
+    arguments = config.get("arguments")
+    if isinstance(arguments, Mapping) and arguments.get("task") == "generate":
+        return InputError(
+            f"{folder} holds a flow over images, not over a table; see `cnf mnist sample --help` "
+            "and `cnf mnist bpd --help`"
+        )
+    return InputError(f"{folder} holds a classifier, which has no density; name a flow's run")
+
+
 def _stored_data(config: Path) -> dict[str, Any]:
     """What config.json says of the data."""
     if not config.exists():
@@ -368,9 +385,7 @@ def _stored_data(config: Path) -> dict[str, Any]:
         )
     found = read_config(config.parent)
     if "settings" in found:
-        raise InputError(
-            f"{config.parent} holds a classifier, which has no density; name a flow's run"
-        )
+        raise _other(config.parent, found)
     data = found.get("data")
     columns = data.get("columns") if isinstance(data, dict) else None
     named = isinstance(columns, list) and all(isinstance(name, str) for name in columns)

@@ -5,32 +5,42 @@ from __future__ import annotations
 from typing import Any
 
 from cnf.cli.argument import (
-    again_arguments,
     count,
     device_argument,
+    files_arguments,
     names,
     page,
+    place_arguments,
     positive,
-    running_arguments,
+    run_arguments,
     seed,
     share,
     shares,
 )
+from cnf.cli.image_parser import add_flow_tasks
 from cnf.odenet.settings import DATASETS, NETS, PRESETS
 
 MNIST_PAGE = """\
-Classify images by a neural ODE, and by the nets that it is compared with.
+Classify images by a neural ODE, and draw them by a continuous normalizing flow.
 
 TASKS
   cnf mnist classify                       train an ODE-Net on MNIST and judge it
+  cnf mnist generate                       train a flow that draws digits and knows their density
+  cnf mnist sample RUN                     draw images from it, of any digit or of those you name
+  cnf mnist bpd RUN                        bits per dimension of the test images under it
 
-  `cnf mnist classify --help` lists every parameter.
+  cnf mnist sample --pretrained            the same with the flow that comes with cnf
+  cnf mnist bpd --pretrained
+
+  `cnf mnist TASK --help` lists every parameter.
 """
 
 MNIST_EXAMPLES = """\
 examples:
   cnf mnist classify --preset quick
   cnf mnist classify --dataset digits --net resnet
+  cnf mnist generate --dataset digits      8 x 8 images, nothing to download, under two minutes
+  cnf mnist sample --pretrained --classes 3 -o threes.png
 """
 
 CLASSIFY_PAGE = """\
@@ -166,27 +176,16 @@ def add_mnist_arguments(verb: Any) -> None:
         tasks.add_parser, "classify", description=CLASSIFY_PAGE, epilog=CLASSIFY_EXAMPLES,
         help="train an ODE-Net, or another net, and judge it",
     )  # fmt: skip
-    _place_arguments(task)
+    place_arguments(task, "runs/DATASET-NET")
     _data_arguments(task.add_argument_group("data"))
     _net_arguments(task.add_argument_group("net"))
     _solver_arguments(task.add_argument_group("solver of the ODE"))
     _training_arguments(task.add_argument_group("training"))
-
-
-def _place_arguments(task: Any) -> None:
-    place = task.add_argument_group("where the results go")
-    place.add_argument("--out", metavar="RUN", help="the run folder (default: runs/DATASET-NET)")
-    again_arguments(place)
-    place.add_argument("--json", action="store_true", help="print the figures as one JSON object")
-    place.add_argument("--quiet", action="store_true", help="no progress, nothing but warnings")
+    add_flow_tasks(tasks)
 
 
 def _data_arguments(data: Any) -> None:
-    data.add_argument("--dataset", choices=DATASETS, help="which images (mnist)")
-    data.add_argument("--data", metavar="FOLDER", help="the folder that holds the IDX files")
-    data.add_argument(
-        "--no-download", action="store_true", help="fail where the files are not found"
-    )
+    files_arguments(data, "(mnist)")
     data.add_argument(
         "--validation", metavar="N", type=count, help="training images held back to select by"
     )
@@ -252,5 +251,4 @@ def _training_arguments(training: Any) -> None:
         type=positive,
         help="of the averaged weights, as a share",
     )
-    training.add_argument("--seed", metavar="K", type=seed, help="of weights and batches (0)")
-    running_arguments(training)
+    run_arguments(training)

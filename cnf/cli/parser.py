@@ -62,7 +62,9 @@ TRUST IT, AND SEE IT
   cnf check runs/moons                     does it integrate to 1, invert, agree with itself?
   cnf plot runs/moons --what animation     the base on its way to the data; see cnf plot --help
 
-CLASSIFY IMAGES
+IMAGES
+  cnf mnist sample --pretrained            digits from the flow that comes with cnf
+  cnf mnist generate --dataset digits      train one on 8 x 8 digits, in under two minutes
   cnf mnist classify --preset quick        an ODE-Net on MNIST, in minutes on a CPU
   cnf export runs/mnist-odenet --nfe 8     a program of 8 evaluations, for small devices
 

@@ -40,6 +40,7 @@ PATHS, PATH_TIMES = 300, 60  # trajectories, and points of each
 ARROWS, FIELD_GRID = 16, 100  # a side, of a field's picture
 FRAMES, FRAME_GRID = 40, 64  # of an animation, and cells a side of its densities
 CURVE = 500  # points of the density in one dimension
+NLL = "validation NLL (nats)"
 GRID = 200  # and on each side in two
 NEAREST, LEAST_NEAREST = 0.05, 50  # of the rows, by their contexts, beside one context's density
 
@@ -51,10 +52,14 @@ def save_density(flow: Flow, source: Source, folder: Path) -> Path:
 
 
 def save_training(
-    history: Sequence[Progress], folder: Path, name: str, entropy: float | None
+    history: Sequence[Progress],
+    folder: Path,
+    name: str,
+    entropy: float | None,
+    score: str = NLL,
 ) -> Path:
     """Draw loss, validation and evaluations over the time of all phases; the picture's path."""
-    return save_figure(training_picture(history, name, entropy), folder / TRAINING)
+    return save_figure(training_picture(history, name, entropy, score), folder / TRAINING)
 
 
 @torch.no_grad()
@@ -157,8 +162,13 @@ def _check_plane(flow: Flow, what: str) -> None:
         )
 
 
-def training_picture(history: Sequence[Progress], name: str, entropy: float | None) -> Figure:
-    """Loss, validation and evaluations of the field over the time of all phases."""
+def training_picture(
+    history: Sequence[Progress], name: str, entropy: float | None, score: str = NLL
+) -> Figure:
+    """Loss, validation and evaluations of the field over the time of all phases.
+
+    score: what validation is, and its unit.
+    """
     scored = [
         (record.seconds, record.validation)
         for record in history
@@ -173,6 +183,7 @@ def training_picture(history: Sequence[Progress], name: str, entropy: float | No
         floor=entropy,
         phases=_phases(history),
         title=name,
+        score=score,
     )
 
 

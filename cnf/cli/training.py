@@ -6,7 +6,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from cnf.cli.folder import (
+    MODEL,
     SNAPSHOT,
     RunFolder,
     claimed_folder,
@@ -49,16 +50,37 @@ def out_of(arguments: Namespace, name: str) -> str:
     return str(Path("runs", name)) if arguments.out is None else arguments.out
 
 
-def settings_kept(
-    out: str, given: Mapping[str, Any], read: Callable[[dict[str, Any]], Chosen], what: str
-) -> tuple[Chosen, int | None]:
-    """The settings of a run that was stopped, and its threads.
+def given_settings(arguments: Namespace, kind: type[Any]) -> dict[str, Any]:
+    """The settings that were given, of a dataclass of settings."""
+    values = ((one.name, getattr(arguments, one.name, None)) for one in fields(kind))
+    return {name: value for name, value in values if value is not None}
 
-    given: settings that were given again; read: makes settings of config.json's; what: is trained.
-    Raises InputError where there is no such run, and for a setting that is not the run's.
-    """
+
+def is_trained(out: str | Path) -> bool:
+    """Whether a folder holds a run whose training has ended, and its report with it."""
+    folder = Path(out)
+    return (folder / MODEL).is_file() and not Snapshots(folder / SNAPSHOT).exist
+
+
+def stopped_config(out: str) -> dict[str, Any]:
+    """The config.json of a run that was stopped.  Raises InputError where there is no such run."""
     with resumed_folder(out) as folder:
-        config = read_config(folder.path)
+        return read_config(folder.path)
+
+
+def settings_kept(
+    out: str,
+    config: Mapping[str, Any],
+    given: Mapping[str, Any],
+    read: Callable[[dict[str, Any]], Chosen],
+    what: str,
+) -> tuple[Chosen, int | None]:
+    """The settings of the run in a folder, and its threads.
+
+    config: its config.json; given: settings that were given again; read: makes settings of what is
+    stored; what: is trained.
+    Raises InputError for a run of something else, and for a setting that is not the run's.
+    """
     if not isinstance(config.get("settings"), dict):
         raise InputError(f"{out} holds no {what} to resume; leave --resume out to begin one")
     kept = read(config["settings"])

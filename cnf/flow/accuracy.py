@@ -21,6 +21,7 @@ from cnf.flow.divergence import (
     Tangents,
     choose_divergence,
 )
+from cnf.flow.keyed import KeyedHutchinson
 from cnf.ode.control import Adaptive
 from cnf.ode.integrate import Stats
 
@@ -221,7 +222,8 @@ def within_error(
     waiting = [(torch.arange(len(x), device=x.device), 0, first)]
     while waiting:
         rows, level, divergence = waiting.pop()
-        part = request._replace(divergence=divergence, solver=_level(flow, request, level))
+        chosen = divergence.of_rows(rows) if isinstance(divergence, KeyedHutchinson) else divergence
+        part = request._replace(divergence=chosen, solver=_level(flow, request, level))
         given = None if context is None else context[rows]
         value = valued(flow, twin, x[rows], given, part)
         rounding = 4 * torch.finfo(x.dtype).eps * value.log_prob.detach().double().abs()

@@ -84,6 +84,34 @@ def _mixed(
     return value, other
 
 
+class Mixed:
+    """The field in bfloat16 where torch's autocast allows it, and in full precision outside: the
+    ODE's sums, and what comes back of it, stay as precise as they are.
+
+    The rows that it takes, such as an embedded context, were made outside.
+    """
+
+    def __init__(self, field: Any) -> None:
+        self._field = field
+        self.__name__ = getattr(field, "__name__", type(field).__name__)
+        self.row_wise = is_row_wise(field)
+
+    def __call__(self, t: Tensor, x: Tensor, *rows: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self._field(t, x, *rows).to(x.dtype)
+
+    def tangent(
+        self, t: Tensor, x: Tensor, tangents: Tensor, *rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(f, J·tangents), see `push`."""
+        with torch.autocast(x.device.type, torch.bfloat16):
+            value, pushed = push(self._field, t, x, tangents, *rows)
+        return value.to(x.dtype), pushed.to(x.dtype)
+
+    def parameters(self) -> Iterator[Tensor]:
+        return iter(self._field.parameters() if isinstance(self._field, nn.Module) else ())
+
+
 def undisturbed(field: VectorField) -> VectorField:
     """The field as it is in eval(): a module in train() may drop units or look at the whole batch.
 

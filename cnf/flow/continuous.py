@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -76,6 +76,19 @@ class Solver:
         return replace(self, control=replace(self.control, per_sample=True))
 
 
+@runtime_checkable
+class Stack(Protocol):
+    """Several ODEs one after the other, with maps between them, in the place of a field."""
+
+    def carry(
+        self, x: Tensor, divergence: Divergence | None, times: tuple[float, float], solver: Solver
+    ) -> Moved:
+        """x, (batch, dim), carried through all of them, backwards where times fall; without a
+        divergence the logdet is no number.
+        """
+        ...
+
+
 class Moved(NamedTuple):
     """Where points arrive, (batch, dim); logdet of the map that moved them, (batch,); the cost;
     integrals of whatever else the divergence's field gives along the path, (batch,) each.
@@ -123,6 +136,8 @@ def move(
     rows: tuple[Tensor, ...] = (),
 ) -> Tensor:
     """x, (batch, dim), carried along the field(t, x, *rows) from times[0] to times[1]."""
+    if isinstance(field, Stack):
+        return field.carry(x, None, times, solver).x
     return solve(
         field,
         x,
@@ -148,6 +163,8 @@ def move_with_logdet(
     rows: what else the field takes of every row, such as a context.
     Source: the instantaneous change of variables, Chen et al. 2018, theorem 1.
     """
+    if isinstance(field, Stack):
+        return field.carry(x, divergence, times, solver)
     attached = divergence.attach(field, x, *rows)
     solution = solve(
         attached.field,

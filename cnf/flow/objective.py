@@ -71,8 +71,9 @@ class MaximumLikelihood(nn.Module):
     """The mean negative log-likelihood of a batch under a flow, in nats, 0-d.
 
     flow: trained in place; tolerance: of adaptive steps in training, or None for the flow's own;
-    regularizer: what is added to it.  With Hutchinson's estimate the noise is drawn anew for every
-    row and batch.  After a call `nfe` is what it cost, and `terms` what the loss was made of.
+    regularizer: what is added to it; solver: of training, or None for the flow's own.  With
+    Hutchinson's estimate the noise is drawn anew for every row and batch.  After a call `nfe` is
+    what it cost, and `terms` what the loss was made of.
     Source: Chen et al. 2018, section 4; Grathwohl et al. 2019, section 3.
     """
 
@@ -82,10 +83,12 @@ class MaximumLikelihood(nn.Module):
         *,
         tolerance: float | None = None,
         regularizer: Regularizer | None = None,
+        solver: Solver | None = None,
     ) -> None:
         super().__init__()
         self.flow = flow
         self.tolerance = tolerance
+        self.solver = solver
         self.regularizer = regularizer or Regularizer()
         self.nfe: int | None = None
         self.terms: dict[str, Tensor] = {}
@@ -95,7 +98,7 @@ class MaximumLikelihood(nn.Module):
         conditioned = self.flow.conditioned(context, training=True)
         added = self.regularizer
         divergence = added.around(fresh(self.flow.chosen_divergence()))
-        solver = training_solver(self.flow.solver, self.tolerance)
+        solver = training_solver(self.solver or self.flow.solver, self.tolerance)
         times = (1.0, added.base_time())
         log_prob, moved = self.flow.carry_to_base(x, divergence, solver, conditioned, times)
         self.nfe = moved.stats.calls
@@ -138,7 +141,8 @@ class FlowMatching(nn.Module):
         x, context = _taken(self.flow, x, context)
         field, rows, told = self.flow.conditioned(context, training=True)
         ranks = current()
-        end = ranks.whole(self.flow.white(x)[0])
+        # detached: what is learned of a map, its density teaches
+        end = ranks.whole(self.flow.white(x)[0].detach())
         told = None if told is None else ranks.whole(told)
         start = torch.randn_like(end)
         if self.coupling is not None:

@@ -86,7 +86,7 @@ def fit_flow(
         fitting = Fitting(flow, plans, objectives, split.batches(batch_size, flow), score, origin)
         records = iter(fitting) if snapshots is None else snapshots.follow(fitting, flow.device)
         try:
-            follow(records, plans, callback, progress)
+            follow(records, len(plans), callback, progress)
         finally:
             flow.zero_grad()  # of the field that is now in place
 
@@ -121,7 +121,7 @@ def _plans(
         whole = replace(whole, steps=left, seconds=(seconds or 0.0) - (pilot.seconds or 0.0))
     plans = [
         replace(part, phase=phase, lr=lr or LEARNING_RATE[phase], patience=8, validations=12)
-        for part, phase in zip(_shares(whole, len(phases)), phases, strict=True)
+        for part, phase in zip(shares(whole, len(phases)), phases, strict=True)
     ]
     return plans if pilot is None else [pilot, *plans]
 
@@ -154,7 +154,7 @@ def _refuse_unused(objectives: dict[str, nn.Module], plans: list[Plan], method: 
         )
 
 
-def _shares(whole: Plan, phases: int) -> list[Plan]:
+def shares(whole: Plan, phases: int) -> list[Plan]:
     """The parts of the plan that one or two phases take."""
     if phases == 1:
         return [whole]
@@ -204,12 +204,16 @@ def _takes_batched_times(flow: Any) -> bool:
 
 def follow(
     records: Generator[Progress],
-    plans: list[Plan],
+    phases: int,
     callback: Callable[[Progress], None] | None,
     progress: bool,
+    unit: str = "nats",
 ) -> None:
-    """Train to the end: hand every record to the callback, with a bar on stderr if wanted."""
-    shown = _with_bar(records, plans) if progress else records
+    """Train to the end: hand every record to the callback, with a bar on stderr if wanted.
+
+    phases: that count their steps each for itself; unit: of the score on validation rows.
+    """
+    shown = _with_bar(records, phases, unit) if progress else records
     # closed here: an error's traceback would keep them, and the best weights, waiting
     with closing(records), closing(shown):
         for record in shown:
@@ -217,7 +221,7 @@ def follow(
                 callback(record)
 
 
-def _with_bar(records: Iterable[Progress], plans: list[Plan]) -> Generator[Progress]:
+def _with_bar(records: Iterable[Progress], phases: int, unit: str) -> Generator[Progress]:
     """The records, with a bar on stderr where that is a terminal."""
     with tqdm(
         total=1000, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False,
@@ -229,14 +233,14 @@ def _with_bar(records: Iterable[Progress], plans: list[Plan]) -> Generator[Progr
             "ml": "maximum likelihood",
             "kl": "reverse KL",
         }
-        validation = None
+        validation, seen = None, []
         for record in records:
+            seen += [record.phase] if record.phase not in seen else []
             validation = record.validation if record.validation is not None else validation
             share = record.step / max(record.steps, 1)
-            done = [plan.phase for plan in plans].index(record.phase)
-            bar.n = int(1000 * (done + share) / len(plans))
+            bar.n = int(1000 * (min(len(seen), phases) - 1 + share) / phases)
             parts = [names[record.phase], f"loss {record.loss:.3f}"]
-            parts += [] if validation is None else [f"validation {validation:.3f} nats"]
+            parts += [] if validation is None else [f"validation {validation:.3f} {unit}"]
             parts += [] if record.nfe is None else [f"NFE {record.nfe}"]
             parts += [f"{record.skipped} batches skipped"] if record.skipped else []
             parts += [f"{record.remaining:.0f} s left"]

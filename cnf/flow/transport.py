@@ -1,7 +1,4 @@
-"""A flow on rows that need no checking: its parts, its map in both directions and its density.
-
-Time runs from t = 0, the base, to t = 1, the data.
-"""
+"""A flow over vectors, on rows that need no checking: its parts and its maps."""
 
 from __future__ import annotations
 
@@ -14,11 +11,11 @@ from torch.distributions import Distribution
 
 from cnf.error import InputError, whole_number
 from cnf.flow.accuracy import Request
-from cnf.flow.base import LEARNED, LearnedBase, base_log_prob, checked_base, drawn
+from cnf.flow.base import LEARNED, LearnedBase, checked_base
 from cnf.flow.batch import Kind
-from cnf.flow.conditioned import Conditioned, embedded, guided, undisturbed
-from cnf.flow.continuous import Moved, Solver, move, move_with_logdet
-from cnf.flow.divergence import Divergence, choose_divergence
+from cnf.flow.carrier import Carrier
+from cnf.flow.continuous import Solver
+from cnf.flow.divergence import Divergence
 from cnf.flow.marginals import Marginals
 from cnf.flow.pilot import WIDTHS, Shape
 from cnf.flow.setting import checked_bandwidth, checked_share, checked_widths, support_of
@@ -27,18 +24,16 @@ from cnf.flow.transform import Standardize, Whiten
 from cnf.nets.mlp import MLP, BilinearMLP
 from cnf.ode.control import Adaptive, FixedStep
 from cnf.ode.gradient.problem import Gradient
-from cnf.ode.integrate import Stats
 from cnf.ode.method import Method
 from cnf.ode.tableau import Tableau
 from cnf.training.ranks import row_noise
 from cnf.training.seed import seeded
 
-TO_BASE, TO_DATA = (1.0, 0.0), (0.0, 1.0)
 OwnField = nn.Module | Callable[..., Tensor]
 
 
-class Transport(nn.Module):
-    """The parts of a `Flow`, which says what its settings mean, and what they do to rows."""
+class Transport(Carrier):
+    """The parts of a `Flow`, which says what its settings mean, and its maps of rows."""
 
     def __init__(
         self,
@@ -104,117 +99,31 @@ class Transport(nn.Module):
     def encoded(
         self, x: Tensor, context: Tensor | None, request: Request, with_logdet: bool
     ) -> tuple[Tensor, Tensor]:
-        """The base's points of rows x, and log |det dz/dx|, but of the maps alone unless asked."""
         self.support.refuse_outside(x)
-        field, rows, _ = self.conditioned(context, request.guidance)
-        solver = request.solver.for_rows(field, x, rows)
-        z, logdet = self.white(x)
-        if not with_logdet:
-            return move(field, z, TO_BASE, solver, rows), logdet
-        moved = move_with_logdet(field, request.divergence, z, TO_BASE, solver, rows)
-        return moved.x, (moved.logdet + logdet).to(x.dtype)
-
-    def decoded(
-        self, z: Tensor, context: Tensor | None, request: Request, with_log_prob: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The data's points of rows z, and their log-densities if asked for, else nothing."""
-        field, rows, _ = self.conditioned(context, request.guidance)
-        solver = request.solver.for_rows(field, z, rows)
-        if not with_log_prob:
-            x = self.unwhite(move(field, z, TO_DATA, solver, rows))
-            return x, x.new_empty(0)
-        return self.carry_to_data(z, request.divergence, solver, Conditioned(field, rows))[:2]
+        return super().encoded(x, context, request, with_logdet)
 
     def unwhite(self, z: Tensor) -> Tensor:
         """x, (batch, dim), of what `white` made of it."""
         return self.support.invert(self.marginals.invert(self.whitening.invert(z)))
 
-    def log_prob_of_rows(
-        self,
-        x: Tensor,
-        divergence: Divergence,
-        solver: Solver,
-        conditioned: Conditioned | None = None,
-    ) -> tuple[Tensor, Stats]:
-        """Log-density of rows (batch, dim) by a divergence and a solver, unchecked; the cost.
-
-        conditioned: what `conditioned` returned for the rows' contexts.
-        """
-        log_prob, moved = self.carry_to_base(x, divergence, solver, conditioned)
-        return log_prob, moved.stats
-
-    def carry_to_base(
-        self,
-        x: Tensor,
-        divergence: Divergence,
-        solver: Solver,
-        conditioned: Conditioned | None = None,
-        times: tuple[float, float] = TO_BASE,
-    ) -> tuple[Tensor, Moved]:
-        """The same with the whole solve that gave it.
-
-        times: other ends of the path: the density of the points on the way, where the first is
-        below 1; where the base stands for once, see `Regularizer`.
-        """
-        field, rows = (conditioned or self.conditioned())[:2]
-        z, logdet = self.white(x)
-        moved = move_with_logdet(field, divergence, z, times, solver, rows)
-        log_prob = base_log_prob(self.base, moved.x) + moved.logdet + logdet
-        return log_prob.to(x.dtype), moved
-
-    def carry_to_data(
-        self,
-        z: Tensor,
-        divergence: Divergence,
-        solver: Solver,
-        conditioned: Conditioned | None = None,
-    ) -> tuple[Tensor, Tensor, Moved]:
-        """(x, log-density) of what the base's rows z (batch, dim) are carried to; the solve."""
-        field, rows = (conditioned or self.conditioned())[:2]
-        moved = move_with_logdet(field, divergence, z, TO_DATA, solver, rows)
-        x = self.unwhite(moved.x)
-        log_prob = base_log_prob(self.base, z) - moved.logdet + self.white(x)[1]
-        return x, log_prob.to(z.dtype), moved
-
-    def draw_base(self, n: int, seed: int | None = None) -> Tensor:
-        """n draws of the base, (n, dim), differentiable where the base's are."""
-        with seeded(seed, self.device):
-            return drawn(self.base, n, self.dim, self.dtype, self.device)
-
     # the field --------------------------------------------------------------------------------
 
-    def conditioned(
-        self,
-        context: Tensor | None = None,
-        guidance: float | None = None,
-        *,
-        training: bool = False,
-    ) -> Conditioned:
-        """The field to integrate for rows of these contexts, (batch, context), and what it takes of
-        every row; training: contexts are withheld at random, and the field is in its own mode.
-        """
-        field = self.field
-        if self.has_own_field and not training:
-            field = undisturbed(field)
+    def told(self, context: Tensor | None, training: bool) -> Tensor | None:
+        """Standardized contexts, and whether each is given where they can be withheld."""
         if context is None or self.contexts is None:
-            return Conditioned(field)
-        told = self._told(self.contexts(context), self.context_dropout if training else 0.0)
-        given = embedded(self.field, told)
-        if guidance is None or guidance == 1:
-            return Conditioned(field, (given,), told)
-        none = embedded(self.field, torch.zeros_like(told))
-        return Conditioned(guided(field, guidance), (given, none), told)
-
-    def _told(self, context: Tensor, withheld: float) -> Tensor:
-        """Standardized contexts as the field is told them, a share of them withheld."""
+            return None
+        told = self.contexts(context)
         if not self.context_dropout:
-            return context
-        given = torch.ones_like(context[:, :1])
-        if withheld:
+            return told
+        given = torch.ones_like(told[:, :1])
+        if training:
             kind = {"dtype": given.dtype, "device": given.device}
             chances = row_noise(len(given), lambda rows: torch.rand(rows, 1, **kind))
-            given = (chances >= withheld).to(context.dtype)
-        return torch.cat([context * given, given], 1)
+            given = (chances >= self.context_dropout).to(told.dtype)
+        return torch.cat([told * given, given], 1)
+
+    def told_nothing(self, told: Tensor) -> Tensor:
+        return torch.zeros_like(told)
 
     @property
     def hidden(self) -> tuple[int, ...]:
@@ -242,10 +151,6 @@ class Transport(nn.Module):
         """Put an untrained default field in the place of this one, of which so much is open."""
         self.take_field(self.new_field(shape), shape)
         self._open_shape = open_shape
-
-    def chosen_divergence(self) -> Divergence:
-        """The divergence in use: what "auto" stands for with this field."""
-        return choose_divergence(self.divergence, self.field)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -276,10 +181,6 @@ class Transport(nn.Module):
                 else None
             ),
         }
-
-    @property
-    def has_own_base(self) -> bool:
-        return self.base is not None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -125,7 +125,7 @@ def fit_flow_to_density(
             objective, lambda: flow.draw_base(batch_size), plan, validate=score, best=best
         )
         try:
-            follow(records, [plan], callback, progress)
+            follow(records, 1, callback, progress)
         finally:
             if best.weights:
                 put(parameters, best.weights)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cnf.nets.potential import PotentialField as PotentialField
     from cnf.nets.timed import ResidualMLP as ResidualMLP
     from cnf.nets.timed import TimedMLP as TimedMLP
+    from cnf.nets.unet import UNet as UNet
 
 # public name → the module beside this file that holds it
 _EXPORTS: dict[str, str] = {
@@ -34,6 +35,7 @@ _EXPORTS: dict[str, str] = {
     "Residual": "chain",
     "ResidualMLP": "timed",
     "TimedMLP": "timed",
+    "UNet": "unet",
     "learned_end_time": "end_time",
 }
 

@@ -6,10 +6,14 @@ The sizes that the papers used: Chen et al. 2018, section 3, and the authors' co
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from cnf.nets.chain import Chain
 
 GROUPS = 32  # of channels that are normalized together, at the most
 
@@ -33,6 +37,11 @@ class TimeConv(nn.Module):
         ones = x.new_ones(1, 1, *x.shape[2:])
         at_time = functional.conv2d(ones, self.time, padding=1)  # less at the borders
         return self.conv(x) + t.reshape(-1, 1, 1, 1) * at_time
+
+    def tangent(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        """(value, J·tangents), tangents: (k, batch, inputs, h, w)."""
+        pushed = functional.conv2d(tangents.flatten(0, 1), self.conv.weight, padding=1)
+        return self(t, x), pushed.unflatten(0, tangents.shape[:2])
 
 
 class SteadyConv(nn.Module):
@@ -69,6 +78,23 @@ class ConvField(nn.Module):
         x = self.first(t, functional.relu(self.before(x)))
         x = self.second(t, functional.relu(self.between(x)))
         return self.after(x)
+
+
+def conv_stack(shape: Sequence[int], widths: Sequence[int] = (64, 64, 64)) -> Chain:
+    """A field over flat images, (batch, c·h·w), of 3 × 3 convolutions that see the time.
+
+    shape: (channels, height, width); widths: channels of the hidden layers, with softplus between.
+    The last layer starts at 0: an ODE of the untrained field stays where it is.
+    Source: Grathwohl et al. 2019, the net of the authors' image experiments.
+    """
+    channels = shape[0]
+    layers: list[nn.Module] = [nn.Unflatten(1, tuple(shape))]
+    for before, after in pairwise((channels, *widths, channels)):
+        layers += [TimeConv(before, after), nn.Softplus()]
+    last = layers[-2]
+    for parameter in last.parameters():
+        nn.init.zeros_(parameter)
+    return Chain(*layers[:-1], nn.Flatten())
 
 
 class ResidualBlock(nn.Module):

@@ -177,6 +177,23 @@ class BilinearMLP(MLP):
         return layers, (self.activations[0], self.activations[1])
 
 
+class LabelledMLP(BilinearMLP):
+    """A BilinearMLP that may be told one of `classes` labels: whole numbers, −1 for none."""
+
+    def __init__(
+        self, dim: int, hidden: Sequence[int], *, classes: int = 0, **settings: object
+    ) -> None:
+        super().__init__(dim, hidden, context=classes, **settings)
+        self.classes = classes
+
+    def embed(self, context: Tensor) -> Tensor:
+        """What labels (batch, 1) add to all shifts and gates; as `MLP.embed` of their indicators,
+        all 0 where there is none.
+        """
+        known = torch.arange(self.classes, device=context.device)
+        return super().embed((context == known).to(self.out.dtype))
+
+
 class _TimeLayer(nn.Module):
     """Shifts and gates of every hidden layer and the output's shift, linear in features of t."""
 

@@ -8,7 +8,7 @@ ordinary backward pass trains a field whose tangents went this way.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -102,3 +102,63 @@ RULES: dict[type[nn.Module], Rule] = {
     nn.Unflatten: _reshape,
     nn.Identity: _reshape,
 }
+
+
+class Dual(NamedTuple):
+    """A value (batch, …) and tangents at it (k, batch, …): what a net hands on in forward mode.
+
+    The functions below do to a Dual what they do to a Tensor, so that a net is written once.
+    """
+
+    value: Tensor
+    tangents: Tensor
+
+
+def through(layer: Any, h: Any) -> Any:
+    """layer(h), for layers of RULES."""
+    return layer(h) if isinstance(h, Tensor) else Dual(*RULES[type(layer)](layer, *h))
+
+
+def rearranged(h: Any, how: Callable[[Tensor], Tensor]) -> Any:
+    """how(h), for what moves the entries of a batch (batch, …) without changing them."""
+    if isinstance(h, Tensor):
+        return how(h)
+    k = len(h.tangents)
+    return Dual(how(h.value), how(h.tangents.flatten(0, 1)).unflatten(0, (k, -1)))
+
+
+def modulated(h: Any, scale: Tensor, shift: Tensor) -> Any:
+    """h · scale + shift, where neither depends on x."""
+    if isinstance(h, Tensor):
+        return torch.addcmul(shift, h, scale)
+    return Dual(torch.addcmul(shift, h.value, scale), h.tangents * scale)
+
+
+def added(a: Any, b: Any) -> Any:
+    """a + b."""
+    if isinstance(a, Tensor):
+        return a + b
+    return Dual(a.value + b.value, a.tangents + b.tangents)
+
+
+def multiplied(a: Any, b: Any) -> Any:
+    """a · b."""
+    if isinstance(a, Tensor):
+        return a * b
+    return Dual(a.value * b.value, a.tangents * b.value + a.value * b.tangents)
+
+
+def joined(a: Any, b: Any) -> Any:
+    """a and b, (batch, channels, …), one after the other along the channels."""
+    if isinstance(a, Tensor):
+        return torch.cat([a, b], 1)
+    return Dual(torch.cat([a.value, b.value], 1), torch.cat([a.tangents, b.tangents], 2))
+
+
+def halves(h: Any) -> tuple[Any, Any]:
+    """The first and the second half of the channels of h, (batch, channels, …)."""
+    if isinstance(h, Tensor):
+        first, second = h.chunk(2, 1)
+        return first, second
+    values, tangents = h.value.chunk(2, 1), h.tangents.chunk(2, 2)
+    return Dual(values[0], tangents[0]), Dual(values[1], tangents[1])

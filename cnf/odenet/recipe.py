@@ -60,13 +60,7 @@ def split(data: Images, validation: int, seed: int) -> Split:
 
     Raises InputError where nothing would be left to train on.
     """
-    if validation >= len(data.train):
-        raise InputError(
-            f"validation={validation} leaves none of {len(data.train)} images to train on; hold "
-            "fewer back"
-        )
-    order = np.random.default_rng(seed).permutation(len(data.train))
-    held, rest = np.sort(order[:validation]), np.sort(order[validation:])
+    rest, held = held_back(len(data.train), validation, seed)
     return Split(
         _scaled(data.train[rest], data.peak),
         torch.from_numpy(data.train_labels[rest]),
@@ -76,6 +70,19 @@ def split(data: Images, validation: int, seed: int) -> Split:
         torch.from_numpy(data.test_labels),
         data.classes,
     )
+
+
+def held_back(count: int, validation: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(indices to train on, indices held back) of as many images, at random, both in order.
+
+    Raises InputError where nothing would be left to train on.
+    """
+    if validation >= count:
+        raise InputError(
+            f"validation={validation} leaves none of {count} images to train on; hold fewer back"
+        )
+    order = np.random.default_rng(seed).permutation(count)
+    return np.sort(order[validation:]), np.sort(order[:validation])
 
 
 def _scaled(pixels: np.ndarray, peak: int) -> Tensor:

@@ -8,7 +8,7 @@ from cnf.plot.comparison import comparison_figure, histogram_log_density
 from cnf.plot.confusion import confusion_figure
 from cnf.plot.course import cell_centres, extent_of, field_figure, trajectory_figure
 from cnf.plot.density import density_figure
-from cnf.plot.image import digits_figure, image_grid
+from cnf.plot.image import digits_figure, image_grid, images_figure
 from cnf.plot.marginal import line_figure, marginals_figure
 from cnf.plot.paper import (
     DATA,
@@ -20,6 +20,7 @@ from cnf.plot.paper import (
     Extent,
     save_figure,
 )
+from cnf.plot.roc import roc_figure
 from cnf.plot.solver import adjoint_figure, cost_figure, polygon_figure
 from cnf.plot.tradeoff import tradeoff_figure
 from cnf.plot.training import classifier_figure, training_figure
@@ -46,9 +47,11 @@ __all__ = [
     "flow_frames",
     "histogram_log_density",
     "image_grid",
+    "images_figure",
     "line_figure",
     "marginals_figure",
     "polygon_figure",
+    "roc_figure",
     "save_animation",
     "save_figure",
     "tradeoff_figure",

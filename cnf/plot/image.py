@@ -62,3 +62,32 @@ def digits_figure(
         axes.set_axis_off()
         axes.set_title(name, fontsize=10, color=INK)
     return figure
+
+
+def images_figure(
+    images: ArrayLike,
+    shape: Sequence[int],
+    columns: int,
+    peak: float = 1.0,
+    rows: Sequence[str] = (),
+    heads: Sequence[str] = (),
+    title: str = "",
+) -> Figure:
+    """One grid of images, with words beside its rows and above its columns.
+
+    images, shape, columns, peak: see `image_grid`; rows, heads: a word for each row from the top
+    and for each column from the left, "" for none.
+    """
+    grid = image_grid(images, shape, columns, peak)
+    height, width = shape[-2:]
+    gap = max(1, height // 14)
+    down = (grid.shape[0] - gap) // (height + gap)
+    figure = new_figure(0.5 * columns + (0.4 if rows else 0.0), 0.5 * down, title)
+    axes = figure.subplots()
+    axes.imshow(grid, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(colors=INK, labelsize=8, length=0)
+    axes.xaxis.tick_top()
+    axes.set_xticks([gap + i * (width + gap) + (width - 1) / 2 for i in range(len(heads))], heads)
+    axes.set_yticks([gap + i * (height + gap) + (height - 1) / 2 for i in range(len(rows))], rows)
+    return figure

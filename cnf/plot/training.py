@@ -23,24 +23,26 @@ def training_figure(
     floor: float | None = None,
     phases: Sequence[tuple[float, str]] = (),
     title: str = "",
+    score: str = "validation NLL (nats)",
 ) -> Figure:
     """Training loss, validation NLL and evaluations of the field, each over the time of training.
 
     seconds, loss, nfe: (n,), nfe NaN where none were counted; validation_seconds, validation:
-    (k,), in nats; floor: the entropy of the data, which no NLL can beat; phases: the start and the
-    name of each stretch of training.  A panel that has nothing to show is left out.
+    (k,), in nats, or in what `score` says; floor: the entropy of the data, which no NLL can beat;
+    phases: the start and the name of each stretch of training.  A panel that has nothing to show is
+    left out.
     """
     step, value = paired(seconds, loss, "loss")
     checked, nll = paired(validation_seconds, validation, "validation")
     names = ["training loss"]
-    names += ["validation NLL (nats)"] if len(finite(nll)) else []
+    names += [score] if len(finite(nll)) else []
     names += ["field evaluations"] if len(finite(nfe)) else []
     figure = new_figure(max(3.6 * len(names), 4.4), 2.9, title)
     panels = _step_panels(figure, names)
 
     starts = [first for first, _ in phases]
     curve(panels["training loss"], step, value, starts, DATA)
-    if axes := panels.get("validation NLL (nats)"):
+    if axes := panels.get(score):
         _validation(axes, checked, nll, floor)
     if axes := panels.get("field evaluations"):
         curve(axes, *paired(seconds, nfe, "nfe"), starts, MODEL)

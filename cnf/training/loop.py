@@ -135,6 +135,11 @@ class Training:
         self._error: float | None = None
         self._clock = _Clock(plan)
 
+    @property
+    def seconds(self) -> float:
+        """That it has taken so far."""
+        return self._clock.elapsed()
+
     def __iter__(self) -> Generator[Progress]:
         steps, _ = self._planned()
         while not self.is_done:

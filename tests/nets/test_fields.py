@@ -80,6 +80,7 @@ FIELDS = {
     "potential, 4 layers": lambda dim: nets.PotentialField(dim, 6, 4, rank=2),
     "convolutions and group norms": images,
     "layer norms": normed,
+    "U-Net": lambda dim: nets.UNet((1, 1, dim), width=8),
     "a learned end time of a closed form": lambda dim: nets.learned_end_time(
         nets.BilinearMLP(dim, (5, 4)), 1.3
     ),
