@@ -21,6 +21,7 @@ from cnf.cli.argument import (
     weight,
     widths,
 )
+from cnf.cli.doctor_parser import DOCTOR_EXAMPLES, DOCTOR_PAGE, add_doctor_arguments
 from cnf.cli.mnist_parser import (
     EXPORT_EXAMPLES,
     EXPORT_PAGE,
@@ -63,9 +64,13 @@ CLASSIFY IMAGES
   cnf mnist classify --preset quick        an ODE-Net on MNIST, in minutes on a CPU
   cnf export runs/mnist-odenet --nfe 8     a program of 8 evaluations, for small devices
 
+WHAT IS WRONG HERE?
+  cnf doctor                               versions, devices, data, and a self-test of a second
+
 EACH VERB HAS A PAGE
   cnf fit --help       cnf sample --help       cnf logprob --help     cnf check --help
   cnf plot --help      cnf mnist --help        cnf export --help      cnf reproduce --help
+  cnf doctor --help
 """
 
 CODES = """\
@@ -338,4 +343,5 @@ VERBS = (
     ("mnist", MNIST_PAGE, MNIST_EXAMPLES, add_mnist_arguments),
     ("export", EXPORT_PAGE, EXPORT_EXAMPLES, add_export_arguments),
     ("reproduce", REPRODUCE_PAGE, REPRODUCE_EXAMPLES, add_reproduce_arguments),
+    ("doctor", DOCTOR_PAGE, DOCTOR_EXAMPLES, add_doctor_arguments),
 )

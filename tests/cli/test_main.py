@@ -45,7 +45,7 @@ def test_help_is_there_at_once(module: str) -> None:
     assert time.perf_counter() - start < 2.0  # 0.1 s on an idle machine; torch alone takes 3
 
 
-VERBS = ("fit", "sample", "logprob", "check", "plot", "mnist", "export", "reproduce")
+VERBS = ("fit", "sample", "logprob", "check", "plot", "mnist", "export", "reproduce", "doctor")
 
 
 @pytest.mark.parametrize("verb", VERBS)
