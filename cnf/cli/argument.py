@@ -28,6 +28,13 @@ def device_argument(verb: Any) -> None:
     verb.add_argument("--device", metavar="NAME", default="cpu", help="cpu, cuda, mps (cpu)")
 
 
+def board_argument(place: Any) -> None:
+    """Add --tensorboard."""
+    place.add_argument(
+        "--tensorboard", action="store_true", help="curves for TensorBoard as well, in RUN"
+    )
+
+
 # --- values ---------------------------------------------------------------------------------------
 
 

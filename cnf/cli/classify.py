@@ -65,6 +65,8 @@ def classified(arguments: Namespace) -> dict[str, Any]:
     data = images_of(settings.dataset, arguments.data, download)
     parts = split(data, settings.validation, settings.seed)
     with _folder(arguments, settings) as folder, seeded(settings.seed, device):
+        if arguments.tensorboard:
+            folder.show_on_board()
         net = build(settings, parts.shape, parts.classes).to(device)
         training = ImageTraining(net, parts, settings)
         history = _begin(training, folder, settings, device, arguments)

@@ -37,6 +37,8 @@ def run(arguments: Namespace) -> None:
     source = _source(arguments)
     flow = _flow(source, arguments).to(device)
     with claimed_folder(_out(arguments, source), arguments.overwrite) as folder:
+        if arguments.tensorboard:
+            folder.show_on_board()
         history = _train(flow, source, arguments, folder)
         _tell(arguments, "judging the density and drawing it")
         rows, context = source.parts(source.held_out)

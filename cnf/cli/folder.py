@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, TextIO
 import torch
 
 from cnf import __version__
+from cnf.cli.board import Board
 from cnf.error import InputError
 from cnf.flow.flow import Flow
 from cnf.replace import replacing
@@ -23,6 +25,7 @@ from cnf.replace import replacing
 MODEL, CONFIG, FIGURES, STEPS = "model.safetensors", "config.json", "metrics.json", "metrics.jsonl"
 DENSITY, SAMPLES, TRAINING = "density.png", "samples.png", "training.png"
 CONFUSION, SNAPSHOT = "confusion.png", "snapshot.pt"
+EVENTS = "tensorboard"  # a folder in the run's
 FILES = (MODEL, CONFIG, FIGURES, STEPS, DENSITY, SAMPLES, TRAINING)
 # what `cnf plot` may add
 DRAWN = ("pairs.png", "trajectories.png", "field.png", "animation.gif", "tradeoff.png")
@@ -47,6 +50,12 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._steps: TextIO | None = None
+        self._taken = 0  # records of steps
+        self._boards: list[Board] = []
+
+    def show_on_board(self) -> None:
+        """Write the records of steps for TensorBoard too; InputError where it is missing."""
+        self._boards.append(Board(self.path / EVENTS))
 
     @property
     def has_begun(self) -> bool:
@@ -57,6 +66,7 @@ class RunFolder:
         for name in (*FILES, *DRAWN, CONFUSION, SNAPSHOT):
             if name != STEPS:  # it holds our claim to the folder, and is emptied below
                 (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / EVENTS, ignore_errors=True)
         self.write_json(CONFIG, config)
         self._steps = (self.path / STEPS).open("w", encoding="utf-8")
 
@@ -68,6 +78,7 @@ class RunFolder:
         with replacing(self.path / STEPS) as file:
             file.writelines(f"{line}\n".encode() for line in lines)
         self._steps = (self.path / STEPS).open("a", encoding="utf-8")
+        self._taken = len(lines)
         return [json.loads(line) for line in lines]
 
     def add_step(self, record: Mapping[str, Any]) -> None:
@@ -75,6 +86,9 @@ class RunFolder:
         assert self._steps is not None, "begin() comes first"
         self._steps.write(json_text(record) + "\n")
         self._steps.flush()
+        self._taken += 1
+        for board in self._boards:
+            board.add(self._taken, record)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file, whole or not at all."""
@@ -84,6 +98,8 @@ class RunFolder:
     def close(self) -> None:
         if self._steps is not None:
             self._steps.close()
+        for board in self._boards:
+            board.close()
 
 
 def json_text(value: Any, indent: int | None = None) -> str:

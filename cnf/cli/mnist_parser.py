@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from cnf.cli.argument import count, device_argument, names, page, positive, seed, share, shares
+from cnf.cli.argument import (
+    board_argument,
+    count,
+    device_argument,
+    names,
+    page,
+    positive,
+    seed,
+    share,
+    shares,
+)
 from cnf.odenet.settings import DATASETS, NETS, PRESETS
 
 MNIST_PAGE = """\
@@ -41,6 +51,7 @@ the run folder:
   metrics.jsonl       a line for every training step
   metrics.json        the final figures, with the confusion matrix
   training.png        loss, validation error and evaluations over training, and confusion.png
+  tensorboard         with --tensorboard: the same as metrics.jsonl, for its curves
   snapshot.pt         where training stands, until it is finished: --resume goes on from it
 
 examples:
@@ -155,6 +166,7 @@ def _place_arguments(task: Any) -> None:
         "--resume", action="store_true", help="go on with the run in that folder where it stopped"
     )
     place.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    board_argument(place)
     place.add_argument("--quiet", action="store_true", help="no progress, nothing but warnings")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from cnf.cli.argument import (
     Parser,
     band,
+    board_argument,
     count,
     device_argument,
     names,
@@ -99,6 +100,7 @@ the run folder:
   metrics.jsonl       a line for every training step
   metrics.json        the final figures
   density.png         data, density and samples (samples.png for images), and training.png
+  tensorboard         with --tensorboard: the same as metrics.jsonl, for its curves
 
 examples:
   cnf fit checkerboard --seconds 60 --seed 1
@@ -107,6 +109,7 @@ examples:
   cnf fit wine.csv --columns alcohol,hue --context class     the density given the class
   cnf fit counts.csv --dequantize          whole numbers have no density: add uniform noise
   cnf fit points.npy --json --quiet > figures.json
+  cnf fit moons --tensorboard              then: tensorboard --logdir runs
 """
 
 SAMPLE_PAGE = """\
@@ -210,6 +213,7 @@ def _fit_arguments(verb: Parser) -> None:
         "--overwrite", action="store_true", help="replace the run in that folder, if there is one"
     )
     place.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    board_argument(place)
     place.add_argument("--quiet", action="store_true", help="no progress, nothing but warnings")
 
     data = verb.add_argument_group("data")
