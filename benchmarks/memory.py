@@ -62,9 +62,11 @@ def solve_once(gradient: object, steps: int, batch: int = BATCH) -> float:
 
 
 def serve(name: str, steps: int) -> None:
-    """Print seconds and bytes of one solve, after one of a few rows that loads the libraries."""
+    """Print seconds and bytes of one solve, after one of a few rows that loads the libraries, and
+    whose steps fill the lists of freed tuples that Python keeps.
+    """
     gradient = GRADIENTS[name]
-    solve_once(gradient, 2, 4)
+    solve_once(gradient, 1000, 4)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = solve_once(gradient, steps)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

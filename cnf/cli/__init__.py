@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from pathlib import Path
 
@@ -58,9 +60,18 @@ def _run(argv: Sequence[str] | None) -> int:
         if "OMP_WAIT_POLICY" not in os.environ and _cores_are_busy():
             # idle threads sleep: spinning ones keep others, and each other, from the cores
             os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        import_module(f"cnf.cli.{arguments.verb}").run(arguments)
+        with _joined(arguments):
+            import_module(f"cnf.cli.{arguments.verb}").run(arguments)
     sys.stdout.flush()  # a closed pipe shows here, not after the last line of this program
     return DONE
+
+
+def _joined(arguments: Namespace) -> AbstractContextManager[None]:
+    """The other processes of this command, where torchrun or the like has started several."""
+    named = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if not named or os.environ["WORLD_SIZE"] == "1":
+        return nullcontext()
+    return import_module("cnf.cli.rank").joined(arguments)
 
 
 def _cores_are_busy() -> bool:

@@ -35,6 +35,29 @@ def board_argument(place: Any) -> None:
     )
 
 
+def again_arguments(place: Any) -> None:
+    """Add --overwrite and --resume: what becomes of a run that is there already."""
+    again = place.add_mutually_exclusive_group()
+    again.add_argument(
+        "--overwrite", action="store_true", help="replace the run in that folder, if there is one"
+    )
+    again.add_argument(
+        "--resume", action="store_true", help="go on with the run in that folder where it stopped"
+    )
+
+
+def running_arguments(training: Any) -> None:
+    """Add what a run that goes on may change: --threads, --save-every and --device."""
+    training.add_argument(
+        "--threads", metavar="N", type=count, default=None, help="of torch on the CPU"
+    )
+    training.add_argument(
+        "--save-every", metavar="S", type=positive, default=60.0,
+        help="seconds between snapshots (60)",
+    )  # fmt: skip
+    training.add_argument("--device", metavar="NAME", default=None, help="cpu, cuda, mps (cpu)")
+
+
 # --- values ---------------------------------------------------------------------------------------
 
 

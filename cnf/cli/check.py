@@ -8,7 +8,7 @@ import torch
 
 from cnf.cli.device import usable_device
 from cnf.cli.folder import Run, json_text, read_run
-from cnf.cli.trained import rows_of
+from cnf.cli.trained import context_of, rows_of
 from cnf.error import InputError
 from cnf.flow.check import ROWS
 
@@ -25,13 +25,19 @@ def run(arguments: Namespace) -> None:
 
 
 def checked_rows(trained: Run, arguments: Namespace) -> tuple[object, object]:
-    """Rows and contexts of the file, or draws of a flow that depends on nothing."""
+    """Rows and contexts of the file, or draws of the flow, given the context that was named."""
     if arguments.file is not None:
+        if arguments.context is not None:
+            raise InputError(
+                f"--context is for draws, and the rows of {arguments.file} have their own; give "
+                "one of them"
+            )
         return rows_of(arguments.file, arguments.columns, trained)
-    if trained.context:
+    if trained.context and arguments.context is None:
         raise InputError(
-            f"{trained.path} is conditional, and draws need a context; name a FILE with the "
-            "columns of data and context"
+            f"{trained.path} is conditional, and draws need a context; give --context, or name a "
+            "FILE with the columns of data and context"
         )
+    context = context_of(arguments.context, trained)
     with torch.no_grad():
-        return trained.flow.sample(ROWS, seed=0), None
+        return trained.flow.sample(ROWS, context, seed=0), context

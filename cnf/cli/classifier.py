@@ -12,9 +12,13 @@ from torch import nn
 
 from cnf.cli.folder import MODEL
 from cnf.error import InputError
-from cnf.flow.storage import fill, read, write
+from cnf.flow.storage import Model, damaged, fill, read, write
 from cnf.odenet.recipe import build
 from cnf.odenet.settings import Settings
+
+CLASSIFIER = Model(
+    "classifier", "`cnf mnist classify`", "train again", "is it of a run of another version?"
+)
 
 
 def write_classifier(
@@ -22,7 +26,7 @@ def write_classifier(
 ) -> None:
     """Write the model file of a net that `build` made; shape: of an image, with its channels."""
     made = {"settings": asdict(settings), "shape": list(shape), "classes": classes}
-    write(folder / MODEL, net, {"classifier": made})
+    write(folder / MODEL, net, {"classifier": made}, CLASSIFIER)
 
 
 def read_classifier(path: str | Path) -> tuple[nn.Module, Settings, tuple[int, ...]]:
@@ -35,13 +39,18 @@ def read_classifier(path: str | Path) -> tuple[nn.Module, Settings, tuple[int, .
         raise InputError(
             f"{folder} holds no {MODEL}; name the folder of a finished run of `cnf mnist classify`"
         )
-    stored = read(folder / MODEL)
+    stored = read(folder / MODEL, CLASSIFIER)
     made = stored.settings.get("classifier")
     if not isinstance(made, dict):
         raise InputError(f"{folder} holds a flow and no classifier; see `cnf mnist classify`")
-    settings, shape = settings_of(made["settings"]), tuple(made["shape"])
-    net = build(settings, shape, made["classes"])
-    fill(net, stored.tensors, folder / MODEL)
+    try:
+        settings, shape = settings_of(made["settings"]), tuple(made["shape"])
+        net = build(settings, shape, made["classes"])
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise damaged(folder / MODEL, CLASSIFIER) from error
+    fill(net, stored.tensors, folder / MODEL, CLASSIFIER)
     return net.eval(), settings, shape
 
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from cnf.error import InputError
+from cnf.training.ranks import here
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of that name.  Raises InputError if it is unknown or not there."""
+    """The device of that name; "cuda" is a GPU for each of several ranks.
+
+    Raises InputError if it is unknown or not there.
+    """
     try:
         device = torch.device(name)
+        if name == "cuda" and here().world > 1:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     except RuntimeError as error:
         raise InputError(f"{name!r} is no device; use cpu, cuda, cuda:1 or mps") from error
     try:

@@ -1,12 +1,17 @@
 """Figure 4 of Chen et al. 2018: planar normalizing flows of depth K against planar continuous flows
 of width M, both fitted by reverse KL to densities that are known up to a constant.
+
+Every fit that is finished stays in the folder, so that what was stopped goes on from there.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+import zipfile
 from argparse import Namespace
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +21,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from cnf.data.energy import ENERGIES, Energy
+from cnf.error import InputError
 from cnf.flow.flow import Flow
 from cnf.flow.planar import ChainReverseKL, PlanarChain
 from cnf.nets.planar import PlanarField
 from cnf.plot import cell_centres, comparison_figure, histogram_log_density, save_figure
+from cnf.replace import replacing
 from cnf.training.loop import Best, Plan, train
 from cnf.training.seed import seeded
 
@@ -38,7 +45,7 @@ class Effort:
     batch: int
 
 
-FULL = Effort(20_000, 2_000, 512)
+FULL = Effort(10_000, 1_000, 512)
 QUICK = Effort(1_500, 250, 128)
 
 
@@ -58,9 +65,8 @@ def planar_flows(out: Path, arguments: Namespace) -> dict[str, Any]:
         log_z = energy.log_integral()
         found[name] = {"NF": [], "CNF": []}
         for size in SIZES:
-            for kind, fit in (("NF", fit_chain), ("CNF", fit_flow)):
-                with seeded(arguments.seed, torch.device("cpu")):
-                    fitted = fit(energy, size, effort, log_z)
+            for kind in KINDS:
+                fitted = _kept(out, kind, energy, size, effort, arguments.seed, log_z)
                 found[name][kind].append(fitted)
                 if not arguments.quiet:
                     told = f"{name}: {kind} of size {size}, KL {fitted.kl:.3f} nats"
@@ -71,6 +77,28 @@ def planar_flows(out: Path, arguments: Namespace) -> dict[str, Any]:
     if not arguments.json:
         print("\n".join([*_table(kl), str(path)]))
     return {"figure": str(path), "sizes": SIZES, "kl": kl, "quick": arguments.quick}
+
+
+def _kept(
+    out: Path, kind: str, energy: Energy, size: int, effort: Effort, seed: int, log_z: float
+) -> Fitted:
+    """The fit of that kind and size that the folder holds, made now where it holds none."""
+    path = out / f"{energy.name.replace(' ', '-')}-{kind}-{size}.npz"
+    settings = json.dumps({**asdict(effort), "draws": DRAWS, "seed": seed})
+    if not path.exists():
+        with seeded(seed, torch.device("cpu")):
+            fitted = KINDS[kind](energy, size, effort, log_z)
+        with replacing(path) as file:
+            np.savez(file, draws=fitted.draws, kl=fitted.kl, settings=settings)
+        return fitted
+    try:
+        with np.load(path) as found:
+            draws, kl, made_with = (found[name] for name in ("draws", "kl", "settings"))
+    except (OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is damaged; remove it, and it is fitted again") from error
+    if str(made_with) != settings:
+        raise InputError(f"{path} was fitted with other settings; remove it, or give another --out")
+    return Fitted(draws, float(kl))
 
 
 def fit_chain(energy: Energy, depth: int, effort: Effort, log_z: float) -> Fitted:
@@ -102,6 +130,12 @@ def fit_flow(energy: Energy, width: int, effort: Effort, log_z: float) -> Fitted
     )
     x, log_q = flow.sample(DRAWS, return_log_prob=True)
     return Fitted(x.numpy(), (log_q - energy.log_prob(x)).mean().item() + log_z)
+
+
+KINDS: dict[str, Callable[[Energy, int, Effort, float], Fitted]] = {
+    "NF": fit_chain,
+    "CNF": fit_flow,
+}
 
 
 def _picture(found: dict[str, dict[str, list[Fitted]]]) -> Figure:

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cnf.cli.device import usable_device
 from cnf.cli.folder import (
-    CONFIG,
     FIGURES,
-    MODEL,
     RunFolder,
     claimed_folder,
     json_text,
+    read_config,
+    resumed_folder,
+    unfinished,
     versions,
 )
+from cnf.cli.parser import FIT_DEFAULTS
 from cnf.cli.picture import save_density, save_training
+from cnf.cli.resumption import other_setting, resumable, snapshots_of
 from cnf.cli.source import Source, read_source
+from cnf.error import InputError
 from cnf.flow.flow import Flow
 from cnf.flow.regularizer import Regularizer
 from cnf.flow.report import held_out
 from cnf.training.loop import Progress
+from cnf.training.ranks import here
+from cnf.training.snapshot import Snapshots
 
 
 def run(arguments: Namespace) -> None:
@@ -33,13 +45,19 @@ def run(arguments: Namespace) -> None:
     All input is checked before the folder is touched; the model is saved before it is judged.
     """
     start = time.perf_counter()
-    device = usable_device(arguments.device)
+    arguments = _resumed(arguments) if arguments.resume else _complete(arguments)
+    device = usable_device(arguments.device or "cpu")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     source = _source(arguments)
     flow = _flow(source, arguments).to(device)
-    with claimed_folder(_out(arguments, source), arguments.overwrite) as folder:
+    with _folder(arguments, source) as folder:
         if arguments.tensorboard:
             folder.show_on_board()
-        history = _train(flow, source, arguments, folder)
+        snapshots = snapshots_of(folder, arguments)
+        history = _train(flow, source, arguments, folder, snapshots)
+        if not here().is_first:
+            return
         _tell(arguments, "judging the density and drawing it")
         rows, context = source.parts(source.held_out)
         context = None if context is None else context[0]
@@ -54,10 +72,51 @@ def run(arguments: Namespace) -> None:
             "seconds": time.perf_counter() - start,
         }
         folder.write_json(FIGURES, figures)
+        snapshots.remove()
     if arguments.json:
         print(json_text(figures))
     else:
         print("\n".join([*report.lines(), *_closing_lines(figures, folder.path)]))
+
+
+# --- what to do -----------------------------------------------------------------------------------
+
+
+def _complete(arguments: Namespace) -> Namespace:
+    """The arguments, with defaults for the settings that were not given."""
+    if arguments.data is None:
+        raise InputError("the following arguments are required: DATA; see cnf fit --help")
+    return Namespace(**{**FIT_DEFAULTS, **vars(arguments)})
+
+
+def _resumed(arguments: Namespace) -> Namespace:
+    """The arguments of the run that goes on; refused where those that were given are others."""
+    if arguments.out is None and arguments.data is None:
+        raise InputError("--resume needs to know the run; name its folder with --out, or its DATA")
+    out = arguments.out or unfinished(str(Path("runs", Path(arguments.data).stem)))
+    with resumed_folder(out) as folder:
+        config = read_config(folder.path)
+    kept, data = config.get("arguments"), config.get("data")
+    if "settings" in config or not (isinstance(kept, dict) and isinstance(data, dict)):
+        raise InputError(f"{out} holds no fit to resume; leave --resume out to begin one")
+    _refuse_other_data(arguments.data, kept["data"], data.get("file"), out)
+    settings = {name: kept.get(name, value) for name, value in FIT_DEFAULTS.items()}
+    for name in settings.keys() & vars(arguments).keys():
+        given = json.loads(json_text(getattr(arguments, name)))
+        if given != settings[name]:
+            raise other_setting(out, name.replace("_", "-"), settings[name], given)
+    known = {
+        "data": data.get("file", kept["data"]),
+        "out": out,
+        "threads": arguments.threads or config.get("threads"),
+        "device": arguments.device or kept.get("device"),
+    }
+    return Namespace(**{**vars(arguments), **settings, **known})
+
+
+def _refuse_other_data(given: str | None, kept: str, file: str | None, out: str) -> None:
+    if given not in (None, kept) and os.path.abspath(str(given)) != file:
+        raise other_setting(out, "data", kept, given)
 
 
 def _source(arguments: Namespace) -> Source:
@@ -85,8 +144,15 @@ def _flow(source: Source, arguments: Namespace) -> Flow:
     )
 
 
-def _out(arguments: Namespace, source: Source) -> str:
-    return str(Path("runs", source.name)) if arguments.out is None else arguments.out
+@contextmanager
+def _folder(arguments: Namespace, source: Source) -> Iterator[RunFolder]:
+    out = str(Path("runs", source.name)) if arguments.out is None else arguments.out
+    opened = resumed_folder(out) if arguments.resume else claimed_folder(out, arguments.overwrite)
+    with opened as folder, resumable("fit", folder):
+        yield folder
+
+
+# --- doing it -------------------------------------------------------------------------------------
 
 
 def _tell(arguments: Namespace, message: str) -> None:
@@ -94,44 +160,51 @@ def _tell(arguments: Namespace, message: str) -> None:
         print(message, file=sys.stderr)
 
 
-def _train(flow: Flow, source: Source, arguments: Namespace, folder: RunFolder) -> list[Progress]:
+def _train(
+    flow: Flow, source: Source, arguments: Namespace, folder: RunFolder, snapshots: Snapshots
+) -> list[Progress]:
     """The records of all steps; the model and every record are in the folder."""
-    history: list[Progress] = []
+    begun = snapshots.begun
+    history = [] if begun is None else folder.go_on(begun.state.get("records", 0))
     config = _config(flow, source, arguments)
 
     def keep(record: Progress) -> None:
-        if not history:  # by now `fit` has accepted its input
+        if not folder.has_begun:  # by now `fit` has accepted its input
             folder.begin(config)
         history.append(record)
         folder.add_step(asdict(record))
 
     rows = f"{len(source.train):,} rows of {source.dim} columns"
-    _tell(arguments, f"fitting {source.name}, {rows}, into {folder.path}")
+    verb = "fitting" if begun is None else "going on with"
+    _tell(arguments, f"{verb} {source.name}, {rows}, into {folder.path}")
     x, context = source.parts(source.train)
     try:
-        flow.fit(
-            x,
-            context=context,
-            validation=source.parts(source.validation) if source.context else source.validation,
-            callback=keep,
-            progress=not arguments.quiet,
-            **_settings(arguments),
-        )
-    except KeyboardInterrupt:
-        if not history:
+        with here().together():
+            flow.fit(
+                x,
+                context=context,
+                validation=source.parts(source.validation) if source.context else source.validation,
+                callback=keep,
+                progress=not arguments.quiet,
+                snapshot=snapshots,
+                **_settings(arguments),
+            )
+    except KeyboardInterrupt as interrupt:
+        if not folder.has_begun:
             raise
-        flow.save(folder.path / MODEL)
-        raise KeyboardInterrupt(f"the best weights so far are in {folder.path}") from None
-    if not history:  # a budget too small for one step
+        folder.save(flow)
+        kept = f"the best weights so far are in {folder.path}"
+        raise KeyboardInterrupt(kept, *interrupt.args) from None
+    if not folder.has_begun:  # a budget too small for one step
         folder.begin(config)
-    flow.save(folder.path / MODEL)
-    folder.write_json(CONFIG, _config(flow, source, arguments))  # the field is chosen by now
+    folder.save(flow)
+    folder.write_config(_config(flow, source, arguments))  # the field is chosen by now
     return history
 
 
 def _settings(arguments: Namespace) -> dict[str, Any]:
     """What goes to `Flow.fit`."""
-    names = ("method", "seconds", "steps", "seed", "lr", "batch_size", "device", "coupling")
+    names = ("method", "seconds", "steps", "seed", "lr", "batch_size", "coupling")
     return {name: getattr(arguments, name) for name in names} | {
         "regularizer": Regularizer(
             kinetic=arguments.kinetic, jacobian=arguments.jacobian, steer=arguments.steer
@@ -142,9 +215,11 @@ def _settings(arguments: Namespace) -> dict[str, Any]:
 def _config(flow: Flow, source: Source, arguments: Namespace) -> dict[str, Any]:
     """What it takes to repeat the run."""
     return {
-        "arguments": vars(arguments),
+        "arguments": {**vars(arguments), "resume": False},
         "data": source.description,
         "flow": flow.config,
+        "ranks": here().world,
+        "threads": torch.get_num_threads(),
         "versions": versions(),
     }
 

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, fields
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from cnf import __version__
 from cnf.cli.board import Board
+from cnf.cli.lock import LOCK, is_locked, locked
 from cnf.error import InputError
 from cnf.flow.flow import Flow
 from cnf.replace import replacing
+from cnf.training.loop import Progress
+from cnf.training.ranks import here
+from cnf.training.snapshot import Snapshots
 
 MODEL, CONFIG, FIGURES, STEPS = "model.safetensors", "config.json", "metrics.json", "metrics.jsonl"
 DENSITY, SAMPLES, TRAINING = "density.png", "samples.png", "training.png"
 CONFUSION, SNAPSHOT = "confusion.png", "snapshot.pt"
 EVENTS = "tensorboard"  # a folder in the run's
+FORMAT = 1  # of the folder; raised when an older reader would misread it
 FILES = (MODEL, CONFIG, FIGURES, STEPS, DENSITY, SAMPLES, TRAINING)
 # what `cnf plot` may add
 DRAWN = ("pairs.png", "trajectories.png", "field.png", "animation.gif", "tradeoff.png")
@@ -44,12 +52,13 @@ def versions() -> dict[str, str]:
 class RunFolder:
     """The folder of one run; nothing in it is touched before `begin`.
 
-    Every file is written whole or not at all, but for the record of steps, which grows.
+    Every file is written whole or not at all, but for the record of steps, which grows by whole
+    lines.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._steps: TextIO | None = None
+        self._steps: FileIO | None = None
         self._taken = 0  # records of steps
         self._boards: list[Board] = []
 
@@ -63,29 +72,43 @@ class RunFolder:
 
     def begin(self, config: Mapping[str, Any]) -> None:
         """Write config.json and open the record of steps, once what an older run left is gone."""
-        for name in (*FILES, *DRAWN, CONFUSION, SNAPSHOT):
+        for name in (*FILES, *DRAWN, CONFUSION):
             if name != STEPS:  # it holds our claim to the folder, and is emptied below
                 (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / EVENTS, ignore_errors=True)
-        self.write_json(CONFIG, config)
-        self._steps = (self.path / STEPS).open("w", encoding="utf-8")
+        Snapshots(self.path / SNAPSHOT).remove()
+        self.write_config(config)
+        self._steps = FileIO(self.path / STEPS, "w")
 
-    def go_on(self, step: int) -> list[dict[str, Any]]:
-        """Open the record of steps after `step` of them, where there were more they are cut off;
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write config.json with the format of the folder."""
+        self.write_json(CONFIG, {"format": FORMAT, **config})
+
+    def go_on(self, steps: int) -> list[Progress]:
+        """Open the record of steps after so many of them, where there were more they are cut off;
         the records that stay.
         """
-        lines = (self.path / STEPS).read_text(encoding="utf-8").splitlines()[:step]
+        kept = _recorded(self.path / STEPS)[:steps]
         with replacing(self.path / STEPS) as file:
-            file.writelines(f"{line}\n".encode() for line in lines)
-        self._steps = (self.path / STEPS).open("a", encoding="utf-8")
-        self._taken = len(lines)
-        return [json.loads(line) for line in lines]
+            file.writelines(f"{line}\n".encode() for line, _ in kept)
+        self._steps = FileIO(self.path / STEPS, "a")
+        self._taken = len(kept)
+        return [record for _, record in kept]
 
     def add_step(self, record: Mapping[str, Any]) -> None:
-        """Append a line to the record of steps; it is on disk when this returns."""
+        """Append a line to the record of steps, whole or not at all.
+
+        It is with the system when this returns.
+        """
         assert self._steps is not None, "begin() comes first"
-        self._steps.write(json_text(record) + "\n")
-        self._steps.flush()
+        end, line = self._steps.tell(), f"{json_text(record)}\n".encode()
+        try:
+            if self._steps.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with suppress(OSError):
+                self._steps.truncate(end)
+            raise OSError(error.errno, error.strerror, str(self.path / STEPS)) from error
         self._taken += 1
         for board in self._boards:
             board.add(self._taken, record)
@@ -95,11 +118,50 @@ class RunFolder:
         with replacing(self.path / name) as file:
             file.write(f"{json_text(value, indent=2)}\n".encode())
 
+    def save(self, flow: Flow) -> None:
+        """Write the model."""
+        flow.save(self.path / MODEL)
+
     def close(self) -> None:
         if self._steps is not None:
             self._steps.close()
         for board in self._boards:
             board.close()
+
+
+class OthersFolder(RunFolder):
+    """The first rank's folder as the others see it: they write nothing."""
+
+    def begin(self, config: Mapping[str, Any]) -> None:
+        pass
+
+    def go_on(self, steps: int) -> list[Progress]:
+        return []
+
+    def add_step(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        pass
+
+    def save(self, flow: Flow) -> None:
+        pass
+
+
+def _recorded(path: Path) -> list[tuple[str, Progress]]:
+    """The lines and records in a file of steps, as far as it can be read."""
+    found: list[tuple[str, Progress]] = []
+    with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            found.append((line, progress_of(json.loads(line))))
+    return found
+
+
+def progress_of(line: Mapping[str, Any]) -> Progress:
+    """A record of steps as it was; null was no finite number."""
+    known = {field.name for field in fields(Progress)}
+    kept = {name: value for name, value in line.items() if name in known}
+    return Progress(**{**kept, "loss": math.nan if kept["loss"] is None else kept["loss"]})
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
@@ -123,42 +185,90 @@ def claimed_folder(out: str, overwrite: bool) -> Iterator[RunFolder]:
     """A folder of one's own: `out`, or out-2, out-3, … where that is taken.
 
     overwrite: take `out` even where it holds a run.  If the block ends before the run has begun,
-    what was made is removed again.  Raises InputError where no folder can be made.
+    what was made is removed again.  Of several ranks the first one claims it.
+    Raises InputError where no folder can be made, or another process works in it.
     """
+    if not here().is_first:
+        yield OthersFolder(Path(out))
+        return
     made: list[Path] = []
-    try:
-        folder = RunFolder(_claim(_folder_path(out), overwrite, made))
-    except OSError as error:
-        _remove(made)
-        raise InputError(
-            f"the run folder {out} cannot be made ({error.strerror}); choose another --out"
-        ) from error
-    try:
-        yield folder
-    finally:
-        folder.close()
-        if not folder.has_begun:
+    with ExitStack() as stack:
+        try:
+            folder = RunFolder(_claim(_folder_path(out), overwrite, made))
+            stack.callback(lambda: None if folder.has_begun else _remove(made))
+            stack.enter_context(locked(folder.path))
+        except OSError as error:
             _remove(made)
+            raise InputError(
+                f"the run folder {out} cannot be made or written ({error.strerror}); choose "
+                "another --out"
+            ) from error
+        stack.callback(folder.close)
+        yield folder
 
 
 @contextmanager
 def resumed_folder(out: str) -> Iterator[RunFolder]:
     """The folder of a run that was interrupted; `go_on` opens its record of steps.
 
-    Raises InputError where there is no such run, or nothing is left to do.
+    Raises InputError where there is no such run, nothing is left to do, the folder cannot be
+    written, or another process works in it.
     """
     folder = _folder_path(out)
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder} holds no run to resume; leave --resume out to begin one")
-    if not (folder / SNAPSHOT).is_file():
-        done = (folder / FIGURES).is_file()
-        why = "the run has finished" if done else "the run stopped before its first snapshot"
-        raise InputError(f"there is no {folder / SNAPSHOT}, {why}; leave --resume out to begin one")
-    kept = RunFolder(folder)
-    try:
+    if not here().is_first:
+        yield OthersFolder(folder)
+        return
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder))
+        except OSError as error:
+            raise InputError(
+                f"{folder} cannot be written ({error.strerror}), so its run cannot go on; make it "
+                "yours to write, or copy it and name the copy with --out"
+            ) from error
+        if not Snapshots(folder / SNAPSHOT).exist:
+            done = (folder / FIGURES).is_file()
+            why = "the run has finished" if done else "the run stopped before its first snapshot"
+            raise InputError(
+                f"nothing is left to resume in {folder}: {why}; leave --resume out to begin one"
+            )
+        for torn in folder.glob(".*.tmp"):  # of a file that was being written
+            torn.unlink(missing_ok=True)
+        kept = RunFolder(folder)
+        stack.callback(kept.close)
         yield kept
-    finally:
-        kept.close()
+
+
+def unfinished(out: str) -> str:
+    """The newest run that can go on, of those that `claimed_folder` may have called `out`; `out`
+    itself where there is none.  Of several ranks the first one looks.
+    """
+    wanted = _folder_path(out)
+    name = re.compile(re.escape(wanted.name) + r"(-\d+)?")
+    near = wanted.parent.iterdir() if wanted.parent.is_dir() else ()
+    runs = [path for path in near if name.fullmatch(path.name) and (path / CONFIG).is_file()]
+    snapshots = {path: Snapshots(path / SNAPSHOT) for path in runs if not is_locked(path)}
+    times = {path: one.written for path, one in snapshots.items() if one.exist}
+    return here().told(str(max(times, key=lambda path: times[path], default=wanted)))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What config.json says of a run, of this or an older version of the format.
+
+    Raises InputError where it cannot be read, or is of a newer version.
+    """
+    config = read_json(folder / CONFIG)
+    form = config.get("format", FORMAT)  # the first ones did not say so
+    if not isinstance(form, int) or form > FORMAT:
+        by = config.get("versions")
+        maker = by.get("cnf") if isinstance(by, dict) else None
+        raise InputError(
+            f"{folder} is a run of format {form!r}, written by cnf {maker}; this version reads "
+            f"format {FORMAT}: install that one, or a newer"
+        )
+    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -186,7 +296,8 @@ def _folder_path(out: str) -> Path:
 def _claim(wanted: Path, overwrite: bool, made: list[Path]) -> Path:
     """The folder that is now ours; made: gets the paths to remove if it comes to nothing."""
     if overwrite and wanted.is_dir():
-        if any(wanted.iterdir()) and not (wanted / CONFIG).exists():
+        names = {path.name for path in wanted.iterdir()}
+        if CONFIG not in names and names - {STEPS, LOCK}:  # these a run leaves that never began
             raise InputError(f"{wanted} holds other files and no run; choose another --out")
         return wanted
     numbered = (wanted.with_name(f"{wanted.name}-{i}") for i in itertools.count(2))
@@ -256,26 +367,19 @@ def read_run(path: str, device: torch.device) -> Run:
 
 def _stored_data(config: Path) -> dict[str, Any]:
     """What config.json says of the data."""
-    damaged = InputError(f"{config} is damaged; restore it or fit again")
-    try:
-        found = json.loads(config.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and "settings" in found:
-            raise InputError(
-                f"{config.parent} holds a classifier, which has no density; name a flow's run"
-            )
-        data = found["data"]
-        columns = data["columns"]
-    except FileNotFoundError as error:
+    if not config.exists():
         raise InputError(
             f"{config.parent} holds no {CONFIG}, so it is no run folder; name one that `cnf fit` "
             "wrote"
-        ) from error
-    except OSError as error:
-        raise InputError(f"{config} cannot be read ({error.strerror}); fit again") from error
-    except InputError:
-        raise
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise damaged from error
-    if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
-        raise damaged
+        )
+    found = read_config(config.parent)
+    if "settings" in found:
+        raise InputError(
+            f"{config.parent} holds a classifier, which has no density; name a flow's run"
+        )
+    data = found.get("data")
+    columns = data.get("columns") if isinstance(data, dict) else None
+    named = isinstance(columns, list) and all(isinstance(name, str) for name in columns)
+    if not (isinstance(data, dict) and named):
+        raise InputError(f"{config} is damaged; restore it or fit again")
     return data

@@ -14,11 +14,15 @@ from cnf.cli.trained import rows_of
 from cnf.data.rows import listed
 from cnf.data.table import write_table
 from cnf.flow.report import mean_and_error, measured
+from cnf.training.ranks import here
 
 
 @torch.no_grad()
 def run(arguments: Namespace) -> None:
-    """Write log p(x) of every row in nats, and print their mean with its standard error."""
+    """Write log p(x) of every row in nats, and print their mean with its standard error.
+
+    Of several ranks each evaluates its share of the rows, and the first writes.
+    """
     output = checked_output(arguments.output, arguments.overwrite)
     trained = read_run(arguments.run_folder, usable_device(arguments.device))
     x, context = rows_of(arguments.file, arguments.columns, trained)
@@ -26,7 +30,13 @@ def run(arguments: Namespace) -> None:
         noisy = f"uniform noise in column {listed(trained.dequantized)}"
         message = f"cnf: {trained.path} was trained with {noisy}; rows are taken as they are"
         print(message, file=sys.stderr)
-    log_prob, info = trained.flow.log_prob(x, context, return_info=True)
+    ranks = here()
+    own = ranks.share(len(x))
+    given = None if context is None else context[own]
+    part, info = trained.flow.log_prob(x[own], given, return_info=True)
+    log_prob = ranks.whole(part, len(x))
+    if not ranks.is_first:
+        return
     write_table(output, log_prob, ["log_prob"])
     mean, error = mean_and_error(log_prob.cpu().double())
     figures = {"file": str(output), "rows": len(log_prob), "mean": mean, "mean_error": error}

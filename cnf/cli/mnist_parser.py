@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from cnf.cli.argument import (
+    again_arguments,
     board_argument,
     count,
     device_argument,
     names,
     page,
     positive,
+    running_arguments,
     seed,
     share,
     shares,
@@ -158,13 +160,7 @@ def add_mnist_arguments(verb: Any) -> None:
 def _place_arguments(task: Any) -> None:
     place = task.add_argument_group("where the results go")
     place.add_argument("--out", metavar="RUN", help="the run folder (default: runs/DATASET-NET)")
-    again = place.add_mutually_exclusive_group()
-    again.add_argument(
-        "--overwrite", action="store_true", help="replace the run in that folder, if there is one"
-    )
-    again.add_argument(
-        "--resume", action="store_true", help="go on with the run in that folder where it stopped"
-    )
+    again_arguments(place)
     place.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     board_argument(place)
     place.add_argument("--quiet", action="store_true", help="no progress, nothing but warnings")
@@ -242,9 +238,4 @@ def _training_arguments(training: Any) -> None:
         help="of the averaged weights, as a share",
     )
     training.add_argument("--seed", metavar="K", type=seed, help="of weights and batches (0)")
-    training.add_argument("--threads", metavar="N", type=count, help="of torch on the CPU")
-    training.add_argument(
-        "--save-every", metavar="S", type=positive, default=60.0,
-        help="seconds between snapshots (60)",
-    )  # fmt: skip
-    device_argument(training)
+    running_arguments(training)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from cnf.cli.argument import (
     Parser,
+    again_arguments,
     band,
     board_argument,
     count,
@@ -18,6 +20,7 @@ from cnf.cli.argument import (
     numbers,
     page,
     positive,
+    running_arguments,
     seed,
     weight,
     widths,
@@ -101,6 +104,7 @@ the run folder:
   metrics.json        the final figures
   density.png         data, density and samples (samples.png for images), and training.png
   tensorboard         with --tensorboard: the same as metrics.jsonl, for its curves
+  snapshot.pt         where training stands, until it is finished: --resume goes on from it
 
 examples:
   cnf fit checkerboard --seconds 60 --seed 1
@@ -110,6 +114,8 @@ examples:
   cnf fit counts.csv --dequantize          whole numbers have no density: add uniform noise
   cnf fit points.npy --json --quiet > figures.json
   cnf fit moons --tensorboard              then: tensorboard --logdir runs
+  cnf fit --resume --out runs/moons        after Ctrl-C, SIGTERM or a crash
+  cnf fit moons --resume                   the newest run of moons that has not ended
 """
 
 SAMPLE_PAGE = """\
@@ -158,6 +164,8 @@ WHAT is one of
 
 Data are read or drawn again, as config.json says: a table must still be where it was.
 The rows of a tradeoff come from FILE, in the units of the training data, or from the flow.
+A conditional run has one density for each context: trajectories, field and animation, and a
+density, are drawn given --context; data beside a density are then those of the nearest contexts.
 """
 
 PLOT_EXAMPLES = """\
@@ -165,6 +173,7 @@ examples:
   cnf plot runs/moons --what density              writes runs/moons/density.png
   cnf plot runs/moons --what animation -o moons.gif
   cnf plot runs/wine --what pairs -o pairs.pdf
+  cnf plot runs/dose --what field --context 5,40  of a conditional run, at those values
   cnf plot runs/wine new.csv --what tradeoff -o tradeoff.pdf --json
 """
 
@@ -178,7 +187,8 @@ Measure what must agree if log p(x) can be trusted, and print a table and a verd
   determinant    the log-determinant against that of the Jacobian, up to 32 dimensions
   batch, modes   a row alone, in another order, in train() and in eval()
 
-Rows come from FILE, in the units of the training data, or are drawn from the flow.
+Rows come from FILE, in the units of the training data, or are drawn from the flow, of a
+conditional run given --context.
 """
 
 CHECK_EXAMPLES = """\
@@ -186,6 +196,28 @@ examples:
   cnf check runs/moons
   cnf check runs/wine new.csv --json
 """
+
+
+# the settings of a fit: those that were not given are left out of its arguments, so that a run that
+# goes on can tell
+FIT_DEFAULTS: dict[str, Any] = {
+    "columns": None,
+    "context": None,
+    "dequantize": False,
+    "rows": None,
+    "seconds": None,
+    "steps": None,
+    "seed": 0,
+    "hidden": None,
+    "bandwidth": "auto",
+    "method": "auto",
+    "coupling": "independent",
+    "kinetic": 0.0,
+    "jacobian": 0.0,
+    "steer": 0.0,
+    "batch_size": None,
+    "lr": None,
+}
 
 
 def parse(argv: Sequence[str] | None, version: str) -> argparse.Namespace:
@@ -206,17 +238,15 @@ def parse(argv: Sequence[str] | None, version: str) -> argparse.Namespace:
 
 
 def _fit_arguments(verb: Parser) -> None:
-    verb.add_argument("data", metavar="DATA", help="the name of a set, or a file")
+    verb.add_argument("data", metavar="DATA", nargs="?", help="the name of a set, or a file")
     place = verb.add_argument_group("where the results go")
     place.add_argument("--out", metavar="RUN", help="the run folder (default: runs/NAME)")
-    place.add_argument(
-        "--overwrite", action="store_true", help="replace the run in that folder, if there is one"
-    )
+    again_arguments(place)
     place.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     board_argument(place)
     place.add_argument("--quiet", action="store_true", help="no progress, nothing but warnings")
 
-    data = verb.add_argument_group("data")
+    data = verb.add_argument_group("data", argument_default=argparse.SUPPRESS)
     data.add_argument(
         "--columns", metavar="A,B", type=names, help="columns of the file, by name or index"
     )
@@ -235,13 +265,11 @@ def _fit_arguments(verb: Parser) -> None:
         "--rows", metavar="N", type=count, help="points of a toy set to train on (500000)"
     )
 
-    training = verb.add_argument_group("training")
+    training = verb.add_argument_group("training", argument_default=argparse.SUPPRESS)
     budget = training.add_mutually_exclusive_group()
     budget.add_argument("--seconds", metavar="S", type=positive, help="time to train (50)")
     budget.add_argument("--steps", metavar="N", type=count, help="steps to train, instead of time")
-    training.add_argument(
-        "--seed", metavar="K", type=seed, default=0, help="of data, weights and batches (0)"
-    )
+    training.add_argument("--seed", metavar="K", type=seed, help="of data, weights and batches (0)")
     training.add_argument(
         "--hidden",
         metavar="128,128",
@@ -252,42 +280,37 @@ def _fit_arguments(verb: Parser) -> None:
         "--bandwidth",
         metavar="LOW,HIGH",
         type=band,
-        default="auto",
         help="frequencies of the first layer's sines, none, or auto: chosen on the data (auto)",
     )
     training.add_argument(
         "--method",
         choices=("auto", "fm", "ml"),
-        default="auto",
         help="flow matching, maximum likelihood, or auto: the first, then the second",
     )
     training.add_argument(
         "--coupling",
         choices=("independent", "ot"),
-        default="independent",
         help="of noise and data in flow matching; ot: the shortest paths of a group",
     )
     training.add_argument(
-        "--kinetic", metavar="X", type=weight, default=0.0, help="weight of the paths' energy (0)"
+        "--kinetic", metavar="X", type=weight, help="weight of the paths' energy (0)"
     )
     training.add_argument(
-        "--jacobian", metavar="X", type=weight, default=0.0, help="of the field's Jacobian (0)"
+        "--jacobian", metavar="X", type=weight, help="of the field's Jacobian (0)"
     )
     training.add_argument(
-        "--steer", metavar="X", type=weight, default=0.0, help="spread of random end times (0)"
+        "--steer", metavar="X", type=weight, help="spread of random end times (0)"
     )
     training.add_argument("--batch-size", metavar="N", type=count, help="rows of a step")
     training.add_argument("--lr", metavar="X", type=positive, help="the largest learning rate")
-    device_argument(training)
+    running_arguments(training)
 
 
 def _sample_arguments(verb: Parser) -> None:
     verb.add_argument("run_folder", metavar="RUN", help="a run folder that `cnf fit` wrote")
     verb.add_argument("-n", metavar="N", type=count, required=True, help="how many samples")
     verb.add_argument("--seed", metavar="K", type=seed, help="the same samples every time")
-    verb.add_argument(
-        "--context", metavar="X,Y", type=numbers, help="values of the context, in its order"
-    )
+    _context_argument(verb)
     verb.add_argument(
         "--nfe", metavar="N", type=count, help="at most so many evaluations of the field"
     )
@@ -326,6 +349,16 @@ def _rows_arguments(verb: Parser) -> None:
     verb.add_argument("file", metavar="FILE", nargs="?", help="a table: .csv, .npy or .npz")
     verb.add_argument(
         "--columns", metavar="A,B", type=names, help="columns of FILE, by name or index"
+    )
+    _context_argument(verb)
+
+
+def _context_argument(verb: Parser) -> None:
+    verb.add_argument(
+        "--context",
+        metavar="X,Y",
+        type=numbers,
+        help="values of the context, in its order; --context=-1,2 where the first is negative",
     )
 
 

@@ -17,7 +17,7 @@ from cnf.error import InputError
 from cnf.flow.budget import Tradeoff
 from cnf.flow.course import log_density_at, paths, velocity_at
 from cnf.flow.flow import Flow
-from cnf.flow.report import Extent, grid_log_prob
+from cnf.flow.report import Extent, Given, LearnedDensity, grid_log_prob
 from cnf.plot import (
     cell_centres,
     density_figure,
@@ -41,6 +41,7 @@ ARROWS, FIELD_GRID = 16, 100  # a side, of a field's picture
 FRAMES, FRAME_GRID = 40, 64  # of an animation, and cells a side of its densities
 CURVE = 500  # points of the density in one dimension
 GRID = 200  # and on each side in two
+NEAREST, LEAST_NEAREST = 0.05, 50  # of the rows, by their contexts, beside one context's density
 
 
 def save_density(flow: Flow, source: Source, folder: Path) -> Path:
@@ -57,19 +58,29 @@ def save_training(
 
 
 @torch.no_grad()
-def density_picture(flow: Flow, source: Source) -> Figure:
+def density_picture(
+    flow: Flow, source: Source, context: Tensor | None = None, given: str = ""
+) -> Figure:
     """The density beside data and samples in one or two dimensions, images beside images, and
     columns in pairs in any other.
+
+    context: (columns,), of a conditional flow, whose data are then those of the nearest contexts;
+    without one its samples are drawn for the contexts of the rows; given: the end of the title.
     """
-    if source.shape or source.context or flow.dim > 2:
+    if source.shape or (source.context and context is None):
         return samples_picture(flow, source)
-    data, samples = _shown_rows(source), _samples(flow, POINTS)
+    density: LearnedDensity = flow if context is None else Given(flow, context)
+    data, samples = _rows_near(source, context), _samples(density, POINTS)
+    title = source.name + given
+    if flow.dim > 2:
+        return marginals_figure(data, samples, source.columns, title)
     if flow.dim == 1:
         grid = np.linspace(*_limits(data[:, 0]), CURVE)
-        density = _array(flow.log_prob(grid[:, None])).astype(float)
-        return line_figure(grid, np.exp(density), data, samples, source.name)
+        at = torch.from_numpy(grid[:, None]).to(flow.device, flow.dtype)
+        curve = np.exp(_array(density.log_prob(at)).astype(float))
+        return line_figure(grid, curve, data, samples, title)
     extent = _extent(data, square=source.law is not None)
-    return density_figure(data, *grid_log_prob(flow, extent, GRID), samples, source.name)
+    return density_figure(data, *grid_log_prob(density, extent, GRID), samples, title)
 
 
 def samples_picture(flow: Flow, source: Source, seed: int = 0) -> Figure:
@@ -90,56 +101,52 @@ def pairs_picture(flow: Flow, source: Source, seed: int = 0) -> Figure:
 
 
 @torch.no_grad()
-def trajectories_picture(flow: Flow, columns: Sequence[str], name: str, seed: int = 0) -> Figure:
-    """The paths of some points from the base to the data."""
-    _check_unconditional(flow, "trajectories")
+def trajectories_picture(
+    flow: Flow, columns: Sequence[str], name: str, seed: int = 0, context: Tensor | None = None
+) -> Figure:
+    """The paths of some points from the base to the data, given one context (columns,) if any."""
     times = np.linspace(0.0, 1.0, PATH_TIMES)
-    found = paths(flow, flow.draw_base(PATHS, seed), times)
+    found = paths(flow, flow.draw_base(PATHS, seed), times, context)
     return trajectory_figure(_array(found), times, columns, name)
 
 
 @torch.no_grad()
-def field_picture(flow: Flow, name: str, seed: int = 0) -> Figure:
+def field_picture(flow: Flow, name: str, seed: int = 0, context: Tensor | None = None) -> Figure:
     """Density, field and points at several times, of a flow in the plane."""
-    _check_unconditional(flow, "field")
     _check_plane(flow, "field")
     times = (0.0, 0.25, 0.5, 0.75, 1.0)
-    points = _array(paths(flow, flow.draw_base(POINTS // 3, seed), times))
+    points = _array(paths(flow, flow.draw_base(POINTS // 3, seed), times, context))
     extent = extent_of(points)
-    densities = _densities(flow, times, extent, FIELD_GRID)
+    densities = _densities(flow, times, extent, FIELD_GRID, context)
     at = torch.from_numpy(cell_centres(extent, ARROWS)).to(flow.device, flow.dtype)
-    arrows = [_array(velocity_at(flow, at, t)).reshape(ARROWS, ARROWS, 2) for t in times]
+    arrows = [_array(velocity_at(flow, at, t, context)).reshape(ARROWS, ARROWS, 2) for t in times]
     return field_figure(times, densities, extent, arrows, points, name)
 
 
 @torch.no_grad()
-def animation_frames(flow: Flow, name: str, seed: int = 0) -> list[np.ndarray]:
+def animation_frames(
+    flow: Flow, name: str, seed: int = 0, context: Tensor | None = None
+) -> list[np.ndarray]:
     """The points of the base on their way to the data, in the plane with their density."""
-    _check_unconditional(flow, "animation")
     if flow.dim < 2:
         raise InputError(
             "--what animation moves points in a plane, and the flow has one column; try "
             "--what trajectories"
         )
     times = np.linspace(0.0, 1.0, FRAMES)
-    points = _array(paths(flow, flow.draw_base(POINTS // 3, seed), times))[..., :2]
+    points = _array(paths(flow, flow.draw_base(POINTS // 3, seed), times, context))[..., :2]
     extent = extent_of(points)
-    densities = _densities(flow, times, extent, FRAME_GRID) if flow.dim == 2 else None
+    in_plane = flow.dim == 2
+    densities = _densities(flow, times, extent, FRAME_GRID, context) if in_plane else None
     return flow_frames(times, points, extent, densities, name)
 
 
-def _densities(flow: Flow, times: Iterable[float], extent: Extent, cells: int) -> list[np.ndarray]:
+def _densities(
+    flow: Flow, times: Iterable[float], extent: Extent, cells: int, context: Tensor | None
+) -> list[np.ndarray]:
     at = torch.from_numpy(cell_centres(extent, cells)).to(flow.device, flow.dtype)
-    found = (_array(log_density_at(flow, at, float(t))) for t in times)
+    found = (_array(log_density_at(flow, at, float(t), context)) for t in times)
     return [grid.astype(float).reshape(cells, cells) for grid in found]
-
-
-def _check_unconditional(flow: Flow, what: str) -> None:
-    if flow.context:
-        raise InputError(
-            f"--what {what} draws one density, and this run has one for each context; try "
-            "--what samples"
-        )
 
 
 def _check_plane(flow: Flow, what: str) -> None:
@@ -197,7 +204,19 @@ def _shown_rows(source: Source) -> np.ndarray:
     return np.concatenate([held_out, more])
 
 
-def _samples(flow: Flow, count: int, seed: int = 0) -> np.ndarray:
+def _rows_near(source: Source, context: Tensor | None) -> np.ndarray:
+    """Rows to show; given a context (columns,) those whose own are nearest to it, ties included."""
+    rows, contexts = source.parts(_shown_rows(source))
+    if context is None:
+        return rows
+    spread = contexts.std(0)
+    away = (contexts - _array(context)) / np.where(spread > 0, spread, 1.0)
+    distance = np.square(away).sum(1)
+    count = min(len(rows), max(LEAST_NEAREST, round(NEAREST * len(rows))))
+    return rows[distance <= np.sort(distance)[count - 1]]
+
+
+def _samples(flow: LearnedDensity, count: int, seed: int = 0) -> np.ndarray:
     return _array(flow.sample(count, seed=seed))
 
 

@@ -6,19 +6,28 @@ A kind of picture is one entry of KINDS: a function that draws a run, and what i
 from __future__ import annotations
 
 import json
-import math
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cnf.cli.check import checked_rows
 from cnf.cli.device import usable_device
-from cnf.cli.folder import CONFIG, FIGURES, STEPS, Run, json_text, read_run
+from cnf.cli.folder import (
+    CONFIG,
+    FIGURES,
+    STEPS,
+    Run,
+    json_text,
+    progress_of,
+    read_config,
+    read_run,
+)
 from cnf.cli.picture import (
     animation_frames,
     density_picture,
@@ -30,6 +39,8 @@ from cnf.cli.picture import (
     trajectories_picture,
 )
 from cnf.cli.source import Source, read_source
+from cnf.cli.trained import context_of
+from cnf.data.rows import listed
 from cnf.error import InputError
 from cnf.flow.budget import Tradeoff
 from cnf.flow.flow import Flow
@@ -42,6 +53,9 @@ class Subject:
 
     def __init__(self, run: Run, arguments: Namespace) -> None:
         self.run, self.seed, self._arguments = run, arguments.seed, arguments
+        self._values = None
+        if arguments.context is not None:
+            self._values = context_of(arguments.context, run)
 
     @property
     def flow(self) -> Flow:
@@ -51,10 +65,30 @@ class Subject:
     def name(self) -> str:
         return self.run.path.resolve().name
 
+    @property
+    def context(self) -> Tensor | None:
+        """The context that was named, (columns,)."""
+        if self._values is None:
+            return None
+        return torch.tensor(self._values, dtype=self.flow.dtype, device=self.flow.device)
+
+    @property
+    def given(self) -> str:
+        """The context that was named as the end of a title, "" without one."""
+        if self._values is None:
+            return ""
+        pairs = zip(self.run.context, self._values, strict=True)
+        return f" given {', '.join(f'{name} = {value:g}' for name, value in pairs)}"
+
+    @property
+    def title(self) -> str:
+        """The run's name, with the context that was named."""
+        return self.name + self.given
+
     @cached_property
     def source(self) -> Source:
         """The data of the run, read or drawn again as its config.json says."""
-        config = _json_of(self.run.path / CONFIG)
+        config = read_config(self.run.path)
         try:
             given, data = config["arguments"], config["data"]
             name, settings = given["data"], {"seed": given["seed"], "rows": given["rows"]}
@@ -76,7 +110,7 @@ class Subject:
         path = self.run.path / STEPS
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
-            records = [_progress(json.loads(line)) for line in lines]
+            records = [progress_of(json.loads(line)) for line in lines]
         except FileNotFoundError as error:
             raise InputError(f"{self.run.path} holds no {STEPS}; fit again") from error
         except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -98,13 +132,6 @@ class Subject:
         return self.flow.tradeoff(*checked_rows(self.run, self._arguments))
 
 
-def _progress(record: dict[str, Any]) -> Progress:
-    """A record as it was: JSON has null for a loss that was not finite."""
-    known = {field.name for field in fields(Progress)}
-    kept = {name: value for name, value in record.items() if name in known}
-    return Progress(**{**kept, "loss": math.nan if kept["loss"] is None else kept["loss"]})
-
-
 def _json_of(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -121,30 +148,45 @@ def _damaged(path: Path) -> InputError:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of picture: how it is drawn and saved, the suffixes its file may have, and the numbers
-    that are printed with it.
+    """A kind of picture: how it is drawn and saved, the suffixes its file may have, the numbers
+    that are printed with it, and whether it shows one density, and so, of a conditional run, that
+    of one context: it takes a context, or needs it.
     """
 
     draw: Callable[[Subject], Any]
     save: Callable[[Any, Path], Path] = save_figure
     suffixes: tuple[str, ...] = (".png", ".pdf", ".svg")
     numbers: Callable[[Subject], Any] = lambda subject: None
+    takes_context: bool = False
+    needs_context: bool = False
 
 
 KINDS = {
-    "density": Kind(lambda subject: density_picture(subject.flow, subject.source)),
+    "density": Kind(
+        lambda subject: density_picture(
+            subject.flow, subject.source, subject.context, subject.given
+        ),
+        takes_context=True,
+    ),
     "samples": Kind(lambda subject: samples_picture(subject.flow, subject.source, subject.seed)),
     "pairs": Kind(lambda subject: pairs_picture(subject.flow, subject.source, subject.seed)),
     "trajectories": Kind(
         lambda subject: trajectories_picture(
-            subject.flow, subject.run.columns, subject.name, subject.seed
-        )
+            subject.flow, subject.run.columns, subject.title, subject.seed, subject.context
+        ),
+        needs_context=True,
     ),
-    "field": Kind(lambda subject: field_picture(subject.flow, subject.name, subject.seed)),
+    "field": Kind(
+        lambda subject: field_picture(subject.flow, subject.title, subject.seed, subject.context),
+        needs_context=True,
+    ),
     "animation": Kind(
-        lambda subject: animation_frames(subject.flow, subject.name, subject.seed),
+        lambda subject: animation_frames(
+            subject.flow, subject.title, subject.seed, subject.context
+        ),
         save_animation,
         (".gif",),
+        needs_context=True,
     ),
     "training": Kind(
         lambda subject: training_picture(subject.history, subject.name, subject.entropy)
@@ -152,6 +194,7 @@ KINDS = {
     "tradeoff": Kind(
         lambda subject: tradeoff_picture(subject.tradeoff, subject.name),
         numbers=lambda subject: subject.tradeoff,
+        takes_context=True,
     ),
 }
 
@@ -165,6 +208,7 @@ def run(arguments: Namespace) -> None:
             f"--what {arguments.what} is no kind of picture; known are {', '.join(KINDS)}"
         )
     trained = read_run(arguments.run_folder, usable_device(arguments.device))
+    _check_context(arguments, kind, trained)
     output = _output(arguments, kind, trained)
     subject = Subject(trained, arguments)
     path = kind.save(kind.draw(subject), output)
@@ -176,6 +220,23 @@ def run(arguments: Namespace) -> None:
         print(f"{arguments.what} of {trained.path} in {path}")
     else:
         print(f"{numbers}\n{path}")
+
+
+def _check_context(arguments: Namespace, kind: Kind, trained: Run) -> None:
+    """Raises InputError for a context that is missing, or of no use."""
+    what = f"--what {arguments.what}"
+    if arguments.context is None:
+        if trained.context and kind.needs_context:
+            raise InputError(
+                f"{what} draws one density, and {trained.path} has one for each context; give "
+                f"values of {listed(trained.context)}: --context X,Y"
+            )
+        return
+    if not (kind.takes_context or kind.needs_context):
+        wanted = [name for name, one in KINDS.items() if one.takes_context or one.needs_context]
+        raise InputError(
+            f"--context is for {', '.join(wanted)}, and {what} draws no single one; leave it out"
+        )
 
 
 def _output(arguments: Namespace, kind: Kind, trained: Run) -> Path:

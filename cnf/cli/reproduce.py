@@ -25,6 +25,7 @@ from cnf.odenet.recipe import images_of, split
 from cnf.odenet.settings import chosen
 from cnf.plot import cost_figure, polygon_figure, save_figure
 from cnf.replace import replacing
+from cnf.training.snapshot import Snapshots
 
 # the rows of the table, as arguments of `cnf mnist classify`
 ROWS: dict[str, tuple[str, ...]] = {
@@ -217,7 +218,7 @@ def _finished(folder: Path, given: tuple[str, ...], arguments: Namespace) -> dic
         if settings_of(read_json(folder / CONFIG)["settings"]) != settings:
             raise InputError(f"{folder} holds a run of other settings; choose another --out")
         return read_json(folder / FIGURES)
-    wanted.resume = (folder / CONFIG).is_file() and (folder / SNAPSHOT).is_file()
+    wanted.resume = (folder / CONFIG).is_file() and Snapshots(folder / SNAPSHOT).exist
     _tell(arguments, f"{'going on with' if wanted.resume else 'training'} {folder}")
     return classify.classified(wanted)
 

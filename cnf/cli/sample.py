@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+import torch
+from torch import Tensor
+
 from cnf.cli.device import usable_device
-from cnf.cli.folder import Run, json_text, read_run
+from cnf.cli.folder import json_text, read_run
 from cnf.cli.output import checked_output
-from cnf.data.rows import listed
+from cnf.cli.trained import context_of
 from cnf.data.table import write_table
-from cnf.error import InputError
+from cnf.flow.flow import Flow
+from cnf.training.ranks import here
 
 
 def run(arguments: Namespace) -> None:
     """Draw n samples and write them, with the columns of the training data."""
     output = checked_output(arguments.output, arguments.overwrite)
     trained = read_run(arguments.run_folder, usable_device(arguments.device))
-    context = _context(arguments.context, trained)
-    samples = trained.flow.sample(arguments.n, context, seed=arguments.seed, nfe=arguments.nfe)
+    context = context_of(arguments.context, trained)
+    samples = _drawn(trained.flow, arguments.n, context, arguments.seed, arguments.nfe)
+    if not here().is_first:
+        return
     write_table(output, samples, trained.columns if output.suffix.lower() == ".csv" else None)
     if arguments.json:
         print(json_text({"file": str(output), "rows": arguments.n, "columns": trained.columns}))
@@ -25,13 +31,13 @@ def run(arguments: Namespace) -> None:
         print(f"{arguments.n:,} samples of {trained.flow.dim} columns in {output}")
 
 
-def _context(values: list[float] | None, trained: Run) -> list[float] | None:
-    """The values of the context that the draws are given, as many as the run was trained on."""
-    found, names = len(values or ()), trained.context
-    if found != len(names):
-        wanted = f"gives {listed(names)} in this order" if names else "is not needed here"
-        raise InputError(
-            f"{trained.path} was trained on {len(names)} columns of context, got {found} values; "
-            f"--context {wanted}"
-        )
-    return values
+@torch.no_grad()
+def _drawn(
+    flow: Flow, n: int, context: list[float] | None, seed: int | None, nfe: int | None
+) -> Tensor:
+    """Draws of the flow; of several ranks each carries its share of the base's to the data."""
+    ranks = here()
+    if ranks.world == 1:
+        return flow.sample(n, context, seed=seed, nfe=nfe)
+    z = flow.draw_base(n, ranks.seed(seed))
+    return ranks.whole(flow.decode(z[ranks.share(n)], context, nfe=nfe), n)

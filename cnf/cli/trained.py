@@ -1,4 +1,4 @@
-"""The columns of a file that a run was trained on."""
+"""The columns of a file that a run was trained on, and the context that its draws are given."""
 
 from __future__ import annotations
 
@@ -51,3 +51,15 @@ def _as_wide(table: Table, file: str, trained: Run) -> Table:
         f"{file} has {found} column{'s'[: found != 1]}, but {trained.path} was trained on "
         f"{expected} ({listed(names, 5)}); choose as many with --columns"
     )
+
+
+def context_of(values: list[float] | None, trained: Run) -> list[float] | None:
+    """The values of one context, as many as the run was trained on; None where it has none."""
+    found, names = len(values or ()), trained.context
+    if found != len(names):
+        wanted = f"gives {listed(names)} in this order" if names else "is not needed here"
+        raise InputError(
+            f"{trained.path} was trained on {len(names)} columns of context, got {found} values; "
+            f"--context {wanted}"
+        )
+    return values

@@ -14,7 +14,13 @@ from torch import Tensor
 from cnf.error import InputError
 from cnf.flow.conditioned import Conditioned
 from cnf.flow.continuous import TIGHTER, Solver
-from cnf.flow.divergence import ClosedForm, Divergence, Hutchinson, Tangents
+from cnf.flow.divergence import (
+    ClosedForm,
+    Divergence,
+    Hutchinson,
+    Tangents,
+    choose_divergence,
+)
 from cnf.ode.control import Adaptive
 from cnf.ode.integrate import Stats
 
@@ -24,6 +30,8 @@ TIGHTEST = {torch.float32: 1e-6, torch.float64: 1e-12}  # what rounding leaves r
 LAST = {torch.float32: 1e-6, torch.float64: 1e-10}  # tolerance that is tried
 MORE_PROBES = 4  # times as many halve the standard error
 HALVINGS = 12  # of fixed steps
+INTEGRATION_SHARE = 0.5  # of an error that is asked for, which the solver may make
+TRACE_SHARE = 0.25  # and a standard error of the trace: two of them, told by few replicates, fit in
 
 
 class Evaluable(Protocol):
@@ -201,21 +209,25 @@ def within_error(
 
     Every row gets the loosest tolerance, from a tenth of the error (at most 1e-3) on in tens (of
     fixed steps the longest of 1, 1/2, … of the flow's), and the fewest probes, four times as many
-    at a time, that do; what it gets depends on no other row.  Beyond `dim` probes the trace is
-    taken exactly.  The rounding of the value itself is left out of account.
+    at a time, that do; what it gets depends on no other row.  The solver may use up half of the
+    error, and the trace has a standard error of a quarter; where to find that out would take as
+    many probes as there are dimensions, the trace is taken exactly.  The rounding of the value
+    itself is left out of account.
     Raises InputError where rounding allows no such error.
     """
-    most = 0.5 * (request.error or math.inf)  # for each of the two: they are estimates themselves
+    error, dim = request.error or math.inf, x.shape[1]
     found: list[tuple[Tensor, Valued]] = []
-    waiting = [(torch.arange(len(x), device=x.device), 0, request.divergence)]
+    first = _affordable(request.divergence, flow.field, dim)
+    waiting = [(torch.arange(len(x), device=x.device), 0, first)]
     while waiting:
         rows, level, divergence = waiting.pop()
         part = request._replace(divergence=divergence, solver=_level(flow, request, level))
         given = None if context is None else context[rows]
         value = valued(flow, twin, x[rows], given, part)
         rounding = 4 * torch.finfo(x.dtype).eps * value.log_prob.detach().double().abs()
-        coarse = value.integration_error > most + rounding  # of a number no row could do better
-        noisy = value.trace_error > most
+        # of a number no row could do better than its rounding
+        coarse = value.integration_error > INTEGRATION_SHARE * error + rounding
+        noisy = value.trace_error > TRACE_SHARE * error
         for finer, quieter in ((False, False), (True, False), (False, True), (True, True)):
             kind = (coarse == finer) & (noisy == quieter)
             if not kind.any():
@@ -223,7 +235,7 @@ def within_error(
             if not (finer or quieter):
                 found.append((rows[kind], _taken(value, kind)))
                 continue
-            more = _more_probes(divergence, x.shape[1]) if quieter else divergence
+            more = _more_probes(divergence, flow.field, dim) if quieter else divergence
             waiting.append((rows[kind], level + finer, more))
     return _in_order(found, x)
 
@@ -246,9 +258,16 @@ def _level(flow: Evaluable, request: Request, level: int) -> Solver:
     )
 
 
-def _more_probes(divergence: Divergence, dim: int) -> Divergence:
-    probes = getattr(divergence, "probes", dim) * MORE_PROBES
-    return replace(divergence, probes=probes) if probes < dim else Tangents()  # type: ignore
+def _more_probes(divergence: Divergence, field: Any, dim: int) -> Divergence:
+    assert isinstance(divergence, Hutchinson)  # no other has a standard error
+    return _affordable(replace(divergence, probes=divergence.probes * MORE_PROBES), field, dim)
+
+
+def _affordable(divergence: Divergence, field: Any, dim: int) -> Divergence:
+    """The divergence; the exact one where to tell what an estimate is worth would cost as much."""
+    if not isinstance(divergence, Hutchinson) or (1 + REPLICATES) * divergence.probes < dim:
+        return divergence
+    return choose_divergence("auto", field)
 
 
 def joined(parts: list[Valued], shape: torch.Size, divergence: Divergence) -> tuple[Tensor, Info]:

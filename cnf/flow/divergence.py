@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cnf.error import InputError, whole_number
 from cnf.ode.field import is_row_wise
+from cnf.training.ranks import row_noise
 
 VectorField = Callable[..., Tensor]  # f(t, x, *rows) → dx/dt
 
@@ -212,7 +213,7 @@ class Hutchinson:
         """Noise of shape (batch, probes, dim) and x's dtype and device."""
         batch, dim = x.shape
         if self.seed is None:
-            return self._noise((batch, self.probes, dim), None).to(x)
+            return row_noise(batch, lambda rows: self._noise((rows, self.probes, dim), None)).to(x)
         generator = torch.Generator().manual_seed(self.seed)
         shared = self._noise((1, self.probes, dim), generator)
         return shared.to(x).expand(batch, -1, -1)

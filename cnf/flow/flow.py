@@ -40,6 +40,7 @@ from cnf.flow.transport import OwnField, Transport
 from cnf.flow.variational import fit_flow_to_density
 from cnf.ode.tableau import Tableau
 from cnf.training.loop import Progress
+from cnf.training.snapshot import Snapshots
 
 CHUNK = 16_384  # rows solved together where no gradient ties them
 
@@ -332,10 +333,12 @@ class Flow(Transport):
         callback: Callable[[Progress], None] | None = None,
         device: str | torch.device | None = None,
         progress: bool = True,
+        snapshot: str | os.PathLike[str] | Snapshots | None = None,
     ) -> Self:
         """This flow, fitted to rows x of shape (rows, dim); a second fit goes on from here.
 
-        context: (rows, context), where the flow takes one.
+        x may be a torch distribution, from which every batch is then drawn anew; context: (rows,
+        context), where the flow takes one.
         method: "fm" (flow matching), "ml" (maximum likelihood), or "auto": the first as a warm
         start, then the second.  What is open of the default field is chosen first, by short trials
         that are judged on the validation rows.  seconds or steps: the budget, by default 50
@@ -343,8 +346,11 @@ class Flow(Transport):
         both), on which the best weights are chosen; regularizer: what maximum likelihood adds to
         its loss; coupling: of noise and data in flow matching; callback: is given a Progress record
         after every step; progress: a bar on stderr.
-        Raises InputError for data that cannot be fitted; IntegrationError or TrainingError where
-        training cannot go on.
+        snapshot: a file that keeps where the fit stands, written every minute, on Ctrl-C and
+        SIGTERM, and at the end; where it exists already, the fit goes on from there, or returns at
+        once if it had ended.
+        Raises InputError for data that cannot be fitted, and for a snapshot of another fit;
+        IntegrationError or TrainingError where training cannot go on.
         """
         fit_flow(
             self,
@@ -362,6 +368,7 @@ class Flow(Transport):
             callback=callback,
             device=device,
             progress=progress,
+            snapshot=snapshot,
         )
         return self
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from cnf.error import InputError
+from cnf.flow.batch import Kind, as_batch
 from cnf.flow.conditioned import Conditioned
 from cnf.flow.continuous import Moved, Solver
 from cnf.flow.coupling import Coupling, choose_coupling
@@ -15,6 +17,7 @@ from cnf.flow.divergence import Divergence, Hutchinson
 from cnf.flow.regularizer import Regularizer
 from cnf.ode.control import Adaptive
 from cnf.ode.integrate import Stats
+from cnf.training.ranks import current
 
 TRAINING_STEPS = 500  # of a solve to a tolerance of training
 
@@ -24,7 +27,12 @@ class Trainable(Protocol):
 
     field: nn.Module
     solver: Solver
+    context: int
 
+    @property
+    def kind(self) -> Kind: ...
+    @property
+    def has_own_base(self) -> bool: ...
     def chosen_divergence(self) -> Divergence: ...
     def white(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
     def conditioned(
@@ -82,7 +90,8 @@ class MaximumLikelihood(nn.Module):
         self.nfe: int | None = None
         self.terms: dict[str, Tensor] = {}
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Any, context: Any = None) -> Tensor:
+        x, context = _taken(self.flow, x, context)
         conditioned = self.flow.conditioned(context, training=True)
         added = self.regularizer
         divergence = added.around(fresh(self.flow.chosen_divergence()))
@@ -106,7 +115,8 @@ class FlowMatching(nn.Module):
     coupling: which z₀ meets which z₁.  "independent" is as they come; "ot", or OptimalTransport,
     gives each z₁ of a group the noise that makes the paths of the group shortest.  The wanted
     velocity is then z₁ − z₀ itself, paths are straighter and cross less, and a solve costs less.
-    It trains a flow with a standard normal base.
+    It trains a flow with a standard normal base; raises InputError for any other.  Groups are those
+    of the whole batch, where ranks train together.
     Source: Lipman et al. 2023, section 4.1; Liu et al. 2023; weights: Xu et al. 2023, section 3;
     couplings: Pooladian et al. 2023, Tong et al. 2024.
     """
@@ -119,9 +129,17 @@ class FlowMatching(nn.Module):
         self.neighbours = neighbours
         self.coupling = choose_coupling(coupling)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Any, context: Any = None) -> Tensor:
+        if self.flow.has_own_base:
+            raise InputError(
+                "flow matching is for flows that start at the standard normal, and this one has a "
+                "base of its own; train it with MaximumLikelihood"
+            )
+        x, context = _taken(self.flow, x, context)
         field, rows, told = self.flow.conditioned(context, training=True)
-        end = self.flow.white(x)[0]
+        ranks = current()
+        end = ranks.whole(self.flow.white(x)[0])
+        told = None if told is None else ranks.whole(told)
         start = torch.randn_like(end)
         if self.coupling is not None:
             start = start[self.coupling.match(start, end, told)]
@@ -129,22 +147,41 @@ class FlowMatching(nn.Module):
         t = (torch.rand((), device=end.device) + torch.arange(batch, device=end.device) / batch) % 1
         t = t.to(end.dtype)[torch.randperm(batch, device=end.device)]
         at = torch.lerp(start, end, t[:, None])
-        velocity = self._velocity(at, start, end, t, told)
-        return (field(t, at, *rows) - velocity).square().sum(-1).mean()
+        own = ranks.share(batch)
+        velocity = self._velocity(at, start, end, t, told, own)
+        return (field(t[own], at[own], *rows) - velocity).square().sum(-1).mean()
 
     def _velocity(
-        self, at: Tensor, start: Tensor, end: Tensor, t: Tensor, told: Tensor | None
+        self,
+        at: Tensor,
+        start: Tensor,
+        end: Tensor,
+        t: Tensor,
+        told: Tensor | None,
+        own: slice,
     ) -> Tensor:
-        group = min(self.neighbours, len(end))
+        """What is wanted of the rows `own` among those of a whole batch."""
+        batch, group = len(end), min(self.neighbours, len(end))
         if group <= 1 or self.coupling is not None:
-            return end - start
-        whole = len(end) // group * group
+            return (end - start)[own]
+        first, last = own.start // group * group, min(-(-own.stop // group) * group, batch)
+        whole = (last - first) // group * group
         given = (at, end, t) if told is None else (at, end, t, told)
+        given = tuple(x[first:last] for x in given)  # whole groups
         grouped = (x[:whole].unflatten(0, (-1, group)) for x in given)
-        parts = [expected_velocity(*grouped).flatten(0, 1)]
-        if whole < len(end):
+        parts = [expected_velocity(*grouped).flatten(0, 1)] if whole else []
+        if whole < last - first:
             parts.append(expected_velocity(*(x[whole:] for x in given)))
-        return torch.cat(parts)
+        return torch.cat(parts)[own.start - first : own.stop - first]
+
+
+def _taken(flow: Trainable, x: Any, context: Any) -> tuple[Tensor, Tensor | None]:
+    """Rows (batch, dim) and contexts (batch, columns) or None, as the flow takes them.
+
+    Raises InputError for a wrong width, values that are not finite, or a context that is missing.
+    """
+    batch = as_batch(x, flow.kind, context, flow.context)
+    return next(batch.chunks(max(1, len(batch.x))))
 
 
 def expected_velocity(at: Tensor, end: Tensor, t: Tensor, told: Tensor | None = None) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from cnf.flow.objective import FlowMatching, Trainable
-from cnf.training.loop import Batches, Best, Plan, Progress, put, train
+from cnf.training.loop import Batches, Best, Plan, Progress, Training, put
+from cnf.training.ranks import current
 
 Bandwidth = tuple[float, float] | None
 BANDWIDTHS: tuple[Bandwidth, ...] = ((0.5, 6.0), (1.0, 12.0), (0.2, 2.0), None)
@@ -64,56 +65,109 @@ def pilot_plan(flow: Shapeable, plan: Plan) -> Plan | None:
     )
 
 
-def choose_field(
-    flow: Shapeable, batches: Batches, score: Score, plan: Plan
-) -> Generator[Progress]:
-    """Give the flow the field under which unseen rows are most likely; records of all trials.
+class Pilot:
+    """The trials, one after another; the flow is left with the field under which unseen rows are
+    most likely.
 
     Bandwidths of the first layer come first, then widths; all have the same share of the plan, and
     one must beat the best before it beyond doubt.  The chosen one keeps what it has learned.
+    As a `Training` it can be put down between two records and taken up again.
     """
-    widths, bandwidths = flow.open_shape
-    plan = _share(plan, _count(flow))
-    best: _Trial | None = None
-    elapsed = 0.0
 
-    def attempt(shape: Shape) -> Generator[Progress]:
-        nonlocal best, elapsed
-        record = None
-        trial = _Trial(flow, shape)
-        for record in trial.run(batches, score, plan):
-            yield replace(record, seconds=elapsed + record.seconds)
-        elapsed += record.seconds if record is not None else 0.0
-        best = trial if best is None or trial.beats(best) else best
+    def __init__(self, flow: Shapeable, batches: Batches, score: Score, plan: Plan) -> None:
+        self.flow, self.batches, self.score = flow, batches, score
+        widths, bandwidths = flow.open_shape
+        self._first = flow.shape
+        self._bandwidths = BANDWIDTHS if bandwidths else (flow.shape.bandwidth,)
+        self._widths = WIDTHS[1:] if widths else ()
+        self.count = _count(flow)
+        self.plan = _share(plan, self.count)
+        self.judged, self.elapsed = 0, 0.0
+        self.best: _Trial | None = None
+        self.trial: _Trial | None = None
 
-    first = flow.shape
-    try:
-        for bandwidth in BANDWIDTHS if bandwidths else (first.bandwidth,):
-            yield from attempt(first._replace(bandwidth=bandwidth))
-        assert best is not None
-        bandwidth = best.shape.bandwidth
-        for hidden in WIDTHS[1:] if widths else ():
-            yield from attempt(Shape(hidden, bandwidth))
-    finally:
-        if best is not None:
-            flow.take_field(best.field, best.shape)
+    @property
+    def is_done(self) -> bool:
+        """Whether all are trained; the last is judged when the records end."""
+        is_last = self.judged == self.count - 1
+        return self.trial is not None and is_last and self.trial.training.is_done
+
+    def __iter__(self) -> Generator[Progress]:
+        try:
+            while self.judged < self.count:
+                trial = self.trial = self.trial or self._trial(self._shape())
+                for record in trial.training:
+                    trial.seconds = record.seconds
+                    others = (self.count - self.judged - 1) * (record.seconds + record.remaining)
+                    yield replace(
+                        record,
+                        seconds=self.elapsed + record.seconds,
+                        remaining=record.remaining + others,
+                    )
+                self._judge(trial)
+        finally:
+            if self.best is not None:
+                self.flow.take_field(self.best.field, self.best.shape)
+
+    def _shape(self) -> Shape:
+        """Of the next candidate."""
+        if self.judged < len(self._bandwidths):
+            return self._first._replace(bandwidth=self._bandwidths[self.judged])
+        assert self.best is not None
+        hidden = self._widths[self.judged - len(self._bandwidths)]
+        return Shape(hidden, self.best.shape.bandwidth)
+
+    def _trial(self, shape: Shape) -> _Trial:
+        return _Trial(self.flow, shape, self.batches, self.score, self.plan)
+
+    def _judge(self, trial: _Trial) -> None:
+        """Take the best weights of a trial that has ended, and see whether it is the best."""
+        trial.finish(self.score.log_prob)
+        if self.best is None or current().any(trial.beats(self.best)):
+            self.best = trial
+        self.elapsed += trial.seconds
+        self.judged, self.trial = self.judged + 1, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides how it goes on, of tensors and plain values."""
+        best, trial = self.best, self.trial
+        return {
+            "judged": self.judged,
+            "elapsed": self.elapsed,
+            "best": None if best is None else best.result(),
+            "trial": None if trial is None else trial.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there, with a flow and a plan as they were."""
+        self.judged, self.elapsed = state["judged"], state["elapsed"]
+        if (best := state["best"]) is not None:
+            self.best = self._trial(shape_of(best["shape"]))
+            self.best.field.load_state_dict(best["field"])
+            self.best.log_prob = best["log_prob"]
+        if (trial := state["trial"]) is not None:
+            self.trial = self._trial(shape_of(trial["shape"]))
+            self.trial.load_state_dict(trial)
 
 
 class _Trial:
     """A candidate, its field in the flow's place, and the unseen rows' log-densities under it."""
 
-    def __init__(self, flow: Shapeable, shape: Shape) -> None:
-        self.flow, self.shape = flow, shape
+    def __init__(
+        self, flow: Shapeable, shape: Shape, batches: Batches, score: Score, plan: Plan
+    ) -> None:
+        self.shape = shape
         self.field = flow.new_field(shape)
         self.log_prob = torch.tensor([-math.inf])
+        self.seconds = 0.0
         flow.take_field(self.field, shape)
+        self.training = Training(FlowMatching(flow), batches, plan, validate=score, best=Best())
 
-    def run(self, batches: Batches, score: Score, plan: Plan) -> Generator[Progress]:
-        """Train by flow matching; the records."""
-        best = Best()
-        yield from train(FlowMatching(self.flow), batches, plan, validate=score, best=best)
-        put([p for p in self.field.parameters() if p.requires_grad], best.weights)
-        self.log_prob = score.log_prob
+    def finish(self, log_prob: Tensor) -> None:
+        """Take the best weights, and the log-densities of unseen rows under them."""
+        if self.training.best.weights:  # none where no density could be computed
+            put([p for p in self.field.parameters() if p.requires_grad], self.training.best.weights)
+        self.log_prob = log_prob
 
     def beats(self, other: _Trial) -> bool:
         """Whether the rows are more likely here, by more than their differences leave in doubt."""
@@ -121,6 +175,35 @@ class _Trial:
         if not (torch.isfinite(gain).all() and len(gain) > 1):
             return bool(self.log_prob.mean() > other.log_prob.mean())
         return bool(gain.mean() > DOUBT * gain.std() / math.sqrt(len(gain)))
+
+    def result(self) -> dict[str, Any]:
+        """What remains of a trial that was judged."""
+        return {
+            "shape": stored_shape(self.shape),
+            "field": self.field.state_dict(),
+            "log_prob": self.log_prob,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "shape": stored_shape(self.shape),
+            "seconds": self.seconds,
+            "training": self.training.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seconds = state["seconds"]
+        self.training.load_state_dict(state["training"])
+
+
+def stored_shape(shape: Shape) -> dict[str, Any]:
+    """A shape as plain values."""
+    return shape._asdict()
+
+
+def shape_of(stored: dict[str, Any]) -> Shape:
+    """The inverse of `stored_shape`."""
+    return Shape(**stored)
 
 
 def _count(flow: Shapeable) -> int:

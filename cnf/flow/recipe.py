@@ -5,6 +5,7 @@ start, then maximum likelihood.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable
@@ -16,19 +17,23 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from tqdm import tqdm
 
 from cnf.data.rows import HUGE, as_rows, as_table, check_values, quoted, reason
-from cnf.error import InputError, IntegrationError, whole_number
+from cnf.error import InputError, whole_number
 from cnf.flow.batch import Kind, shaped_context
 from cnf.flow.coupling import Coupling
+from cnf.flow.fitting import VALIDATION_ROWS, Fitting, Origin, Validation, in_parts
 from cnf.flow.objective import FlowMatching, MaximumLikelihood, Trainable
-from cnf.flow.pilot import choose_field, pilot_plan
+from cnf.flow.pilot import pilot_plan
 from cnf.flow.regularizer import Regularizer
 from cnf.flow.transform import Support
 from cnf.training.batches import Shuffled
-from cnf.training.loop import Batches, Best, Plan, Progress, put, train
+from cnf.training.loop import Batches, Plan, Progress
+from cnf.training.ranks import current
 from cnf.training.seed import seeded
+from cnf.training.snapshot import Snapshots, opened
 
 SECONDS = 50.0  # the default budget
 MATCHING_SHARE = 0.6  # of the seconds that flow matching takes before maximum likelihood
@@ -36,24 +41,19 @@ MATCHING_STEPS = 0.95  # of the steps: one of flow matching costs far less
 LEARNING_RATE = {"fm": 6e-3, "ml": 2e-3}
 BATCH = 2048
 TOLERANCE = 1e-4  # of adaptive steps in training; gradients are exact for the computed solution
-VALIDATION_ROWS = 2048  # looked at while training
 WHITENING_ROWS = 200_000
 LAZY_BYTES = 2**28  # memory maps above this size stay on disk
 LEAST_ROWS = 10
-LEAST_STEPS = 1000  # of the solver that a validation may take
 
 
 class Fittable(Trainable, Protocol):
     """What fitting needs of a flow, which is an nn.Module besides."""
 
     dim: int
-    context: int
     support: Support
     whitens: bool
     has_own_field: bool
 
-    @property
-    def has_own_base(self) -> bool: ...
     @property
     def dtype(self) -> torch.dtype: ...
     @property
@@ -62,16 +62,19 @@ class Fittable(Trainable, Protocol):
 
 @dataclass(frozen=True)
 class Split:
-    """Rows to train on, (rows, dim), in memory or mapped; and rows to validate on.
+    """Rows to train on, (rows, dim), in memory or mapped, or a law that they are drawn from; and
+    rows to validate on.
 
     Of a conditional flow each row goes on with its context, (rows, dim + context).
     """
 
-    training: Tensor | np.ndarray
+    training: Tensor | np.ndarray | Distribution
     validation: Tensor
 
     def batches(self, size: int, flow: Fittable) -> Batches:
         """A function that gives the next batch at each call."""
+        if isinstance(self.training, Distribution):
+            return _Fresh(self.training, size, flow)
         size = min(size, len(self.training))
         if isinstance(self.training, Tensor):
             return Shuffled(in_parts(self.training, flow), size, device=flow.device)
@@ -95,29 +98,43 @@ def fit_flow(
     callback: Callable[[Progress], None] | None,
     device: str | torch.device | None,
     progress: bool,
+    snapshot: str | os.PathLike[str] | Snapshots | None,
 ) -> None:
     """Fit `flow` in place; the arguments are those of `Flow.fit`."""
     if device is not None:
         move_flow(flow, device)
-    plans = _plans(flow, method, seconds, steps, lr)
-    objectives: dict[str, nn.Module] = {
-        "fm": FlowMatching(flow, coupling=coupling),
-        "ml": MaximumLikelihood(flow, tolerance=TOLERANCE, regularizer=regularizer),
-    }
-    _refuse_unused(objectives, plans, method)
     batch_size = BATCH if batch_size is None else whole_number("batch_size", batch_size, 1)
-    if not any(p.requires_grad for p in flow.parameters()):
-        raise InputError("the flow has no parameters to fit; make its field a torch.nn.Module")
-    with seeded(seed, flow.device):
+    settings = {"method": method, "seconds": seconds, "steps": steps, "seed": seed, "lr": lr,
+                "batch_size": batch_size, "coupling": _named(coupling),
+                "regularizer": str(regularizer or Regularizer())}  # fmt: skip
+    snapshots = opened(snapshot)
+    with seeded(current().seed(seed), flow.device):
+        origin = Origin(flow, settings, snapshots)
+        plans = _plans(flow, method, seconds, steps, lr)
+        objectives: dict[str, nn.Module] = {
+            "fm": FlowMatching(flow, coupling=coupling),
+            "ml": MaximumLikelihood(flow, tolerance=TOLERANCE, regularizer=regularizer),
+        }
+        _refuse_unused(objectives, plans, method)
+        if not any(p.requires_grad for p in flow.parameters()):
+            raise InputError("the flow has no parameters to fit; make its field a torch.nn.Module")
         split = split_rows(x, flow, validation, context)
-        if flow.whitens and not flow.whitening.is_fitted:
+        if flow.whitens and not flow.whitening.is_fitted and origin.is_new:
             flow.whiten(*in_parts(_sample_of(split.training, flow), flow))
-        batches = split.batches(batch_size, flow)
-        records = _run(flow, plans, objectives, batches, split.validation)
+        current().give(flow)
+        score = Validation(flow, split.validation)
+        origin.add({"rows": len(split.training), "data": score.digest})
+        fitting = Fitting(flow, plans, objectives, split.batches(batch_size, flow), score, origin)
+        records = iter(fitting) if snapshots is None else snapshots.follow(fitting, flow.device)
         try:
             follow(records, plans, callback, progress)
         finally:
             flow.zero_grad()  # of the field that is now in place
+
+
+def _named(coupling: str | Coupling) -> str:
+    """A coupling by which it is known again."""
+    return coupling if isinstance(coupling, str) else type(coupling).__name__
 
 
 def move_flow(flow: Any, device: str | torch.device) -> None:
@@ -129,46 +146,6 @@ def move_flow(flow: Any, device: str | torch.device) -> None:
             f"the flow cannot be moved to device {quoted(device)} ({reason(error)}); "
             "use device='cpu'"
         ) from error
-
-
-def _run(
-    flow: Any,
-    plans: list[Plan],
-    objectives: dict[str, nn.Module],
-    batches: Batches,
-    validation: Tensor,
-) -> Generator[Progress]:
-    """The records of all phases; whatever ends them, the flow is left with its best weights."""
-    elapsed = 0.0
-    score = _Score(flow, validation)
-    if plans[0].phase == "pilot":
-        trials, *plans = plans
-        later = sum(plan.seconds or 0.0 for plan in plans)
-        for record in choose_field(flow, batches, score, trials):
-            yield replace(record, remaining=(trials.seconds or 0.0) - record.seconds + later)
-            elapsed = record.seconds
-    parameters = [p for p in flow.parameters() if p.requires_grad]
-    best = Best()
-    best.offer(score(), [p.detach() for p in parameters])  # a fit never ends worse than it began
-    try:
-        for i, plan in enumerate(plans):
-            later = sum(after.seconds or 0.0 for after in plans[i + 1 :])
-            objective = objectives[plan.phase]
-            if best.weights:
-                put(parameters, best.weights)
-            score.objective = objective
-            best.age = 0
-            record = None
-            for record in train(objective, batches, plan, validate=score, best=best):
-                yield replace(
-                    record,
-                    seconds=elapsed + record.seconds,
-                    remaining=record.remaining + later,
-                )
-            elapsed += record.seconds if record is not None else 0.0
-    finally:
-        if best.weights:
-            put(parameters, best.weights)
 
 
 def _plans(
@@ -272,6 +249,8 @@ def split_rows(x: Any, flow: Fittable, validation: float | Any, context: Any = N
     context: one for each row, where the flow takes any; validation is then a share, or a pair of
     rows and contexts.
     """
+    if isinstance(x, Distribution):
+        return _split_law(x, flow, validation, context)
     if flow.context or context is not None:
         x, validation = _with_contexts(x, context, validation, flow)
         width = flow.dim + flow.context
@@ -287,13 +266,9 @@ def split_rows(x: Any, flow: Fittable, validation: float | Any, context: Any = N
         flow.support.refuse_outside(rows[:, : flow.dim])
     if len(rows) < LEAST_ROWS:
         raise InputError(f"x has {len(rows)} rows; a density needs at least {LEAST_ROWS}")
-    if not (isinstance(validation, Real) or validation is None):
-        own = as_rows(validation, width, name="validation", dtype=flow.dtype)
-        flow.support.refuse_outside(own[:, : flow.dim], "validation")
-        return Split(rows, own)
-    share = math.nan if validation is None else float(validation)
-    if not 0 < share < 1:
-        raise InputError(f"validation must be a share between 0 and 1 or rows, got {validation!r}")
+    if not _is_share(validation):
+        return Split(rows, _own_validation(validation, width, flow))
+    share = float(validation)
     count = max(2, round(share * len(rows)))
     if len(rows) - count < LEAST_ROWS // 2:
         raise InputError(
@@ -305,6 +280,40 @@ def split_rows(x: Any, flow: Fittable, validation: float | Any, context: Any = N
         return Split(rows, as_rows(rows[chosen.sort().values.numpy()], flow.dim, dtype=flow.dtype))
     order = torch.randperm(len(rows))
     return Split(rows[order[count:]], rows[order[:count]])
+
+
+def _is_share(validation: Any) -> bool:
+    """Whether it is a share of the rows, not rows; raises InputError for a share of none or all."""
+    if not (isinstance(validation, Real) or validation is None):
+        return False
+    if validation is None or not 0 < float(validation) < 1:
+        raise InputError(f"validation must be a share between 0 and 1 or rows, got {validation!r}")
+    return True
+
+
+def _own_validation(validation: Any, width: int, flow: Fittable) -> Tensor:
+    own = as_rows(validation, width, name="validation", dtype=flow.dtype)
+    flow.support.refuse_outside(own[:, : flow.dim], "validation")
+    return own
+
+
+def _split_law(law: Distribution, flow: Fittable, validation: Any, context: Any) -> Split:
+    """The law to draw every batch from, and rows of it to validate on."""
+    if flow.context or context is not None:
+        raise InputError(
+            "a conditional flow is fitted to rows and their contexts, not to a distribution; draw "
+            "both and give fit(x, context)"
+        )
+    rows = _drawn_rows(law, VALIDATION_ROWS, flow)
+    flow.support.refuse_outside(rows)
+    own = rows if _is_share(validation) else _own_validation(validation, flow.dim, flow)
+    return Split(law, own)
+
+
+def _drawn_rows(law: Distribution, count: int, flow: Fittable) -> Tensor:
+    """Fresh rows of a law, (count, dim), on the CPU and of the flow's precision."""
+    with torch.no_grad():
+        return as_rows(law.sample(torch.Size([count])), flow.dim, dtype=flow.dtype, device="cpu")
 
 
 def _with_contexts(x: Any, context: Any, validation: Any, flow: Fittable) -> tuple[Tensor, Any]:
@@ -332,62 +341,38 @@ def _joined(x: Any, context: Any, flow: Fittable, name: str) -> Tensor:
     return torch.cat([rows, given.detach()], 1)
 
 
-def in_parts(rows: Tensor, flow: Fittable) -> tuple[Tensor, ...]:
-    """(x,), or (x, contexts) of a conditional flow, of rows that go on with their contexts."""
-    return (rows,) if not flow.context else (rows[:, : flow.dim], rows[:, flow.dim :])
-
-
 class _Drawn:
     """Batches of rows of a memory map, drawn at random: an order of all would not fit in memory."""
 
     def __init__(self, rows: np.ndarray, size: int, flow: Fittable) -> None:
-        self._rows, self._size, self._flow = rows, size, flow
+        self._rows, self._flow, self._ranks = rows, flow, current()
+        self._size = self._ranks.batch_size(size)
 
     def __call__(self) -> Tensor:
         chosen = torch.randint(len(self._rows), (self._size,)).sort().values
+        chosen = chosen[self._ranks.share(self._size)]
         flow = self._flow
         block = self._rows[chosen.numpy()]
         return as_rows(block, flow.dim, dtype=flow.dtype, device=flow.device)
 
 
-def _sample_of(rows: Tensor | np.ndarray, flow: Fittable) -> Tensor:
+class _Fresh:
+    """Batches that a law draws anew, so that no row is ever seen twice."""
+
+    def __init__(self, law: Distribution, size: int, flow: Fittable) -> None:
+        self._law, self._size, self._flow = law, size, flow
+
+    def __call__(self) -> Tensor:
+        return _drawn_rows(self._law, self._size, self._flow).to(self._flow.device)
+
+
+def _sample_of(rows: Tensor | np.ndarray | Distribution, flow: Fittable) -> Tensor:
+    if isinstance(rows, Distribution):
+        return _drawn_rows(rows, WHITENING_ROWS, flow)
     count = min(WHITENING_ROWS, len(rows))
     # at random: rows that came with validation rows of their own may be sorted
     chosen = np.sort(np.random.default_rng(0).choice(len(rows), count, replace=False))
     return as_rows(rows[chosen], flow.dim + flow.context, dtype=flow.dtype)
-
-
-class _Score:
-    """Mean negative log-likelihood of the validation rows, in nats; infinite where it fails."""
-
-    def __init__(self, flow: Any, rows: Tensor) -> None:
-        # from end to end: they may be sorted
-        count = min(len(rows), VALIDATION_ROWS)
-        chosen = torch.linspace(0, len(rows) - 1, count, dtype=torch.float64).round().long()
-        self._flow, self._rows = flow, rows[chosen.to(rows.device)]
-        self._most = flow.solver.max_steps
-        self.log_prob = torch.full((count,), -math.inf)  # of the rows, when they were last scored
-        self.objective: nn.Module | None = None
-
-    @torch.no_grad()
-    def __call__(self) -> float:
-        flow = self._flow
-        rows, *context = in_parts(self._rows.to(flow.device, flow.dtype), flow)
-        solver = replace(flow.solver, max_steps=self._most)
-        try:
-            conditioned = flow.conditioned(*context)
-            divergence = flow.chosen_divergence()
-            log_prob, stats = flow.log_prob_of_rows(rows, divergence, solver, conditioned)
-        except IntegrationError:
-            self.log_prob = torch.full((len(rows),), -math.inf)
-            return math.inf
-        self.log_prob = log_prob.double().cpu()
-        # weights that need so many more steps than the first ones are lost, and not worth the time
-        wanted = max(LEAST_STEPS, 20 * stats.attempts)
-        self._most = min(flow.solver.max_steps, wanted)
-        if isinstance(self.objective, FlowMatching):
-            self.objective.nfe = stats.calls
-        return -self.log_prob.mean().item()
 
 
 def follow(

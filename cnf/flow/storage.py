@@ -1,4 +1,4 @@
-"""Flows on disk: weights as safetensors, settings as JSON in its header; no code is run."""
+"""Models on disk: weights as safetensors, settings as JSON in its header; no code is run."""
 
 from __future__ import annotations
 
@@ -41,8 +41,23 @@ VALUES = {
 KINDS: dict[str, Any] = {**VALUES, **LEARNED}
 
 
+class Model(NamedTuple):
+    """What kind of model a file holds, for the sentences of its errors.
+
+    maker: what writes such files; again: how to make another; mismatch: why one may not fit.
+    """
+
+    name: str
+    maker: str
+    again: str
+    mismatch: str
+
+
+FLOW = Model("flow", "flow.save", "fit again", "was it saved with another field= or base=?")
+
+
 class Stored(NamedTuple):
-    """What a file holds: the settings of `Flow`, and tensors by name."""
+    """What a file holds: the settings that make the model, and tensors by name."""
 
     settings: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -70,7 +85,12 @@ def unpack(value: Any) -> Any:
     return value
 
 
-def write(path: str | os.PathLike[str], module: nn.Module, settings: Mapping[str, Any]) -> None:
+def write(
+    path: str | os.PathLike[str],
+    module: nn.Module,
+    settings: Mapping[str, Any],
+    model: Model = FLOW,
+) -> None:
     """Write a module's tensors and its settings, atomically.
 
     Raises InputError where the folder does not exist or cannot be written.
@@ -88,18 +108,18 @@ def write(path: str | os.PathLike[str], module: nn.Module, settings: Mapping[str
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"the flow cannot be written to {target} ({reason}); name a file in a folder "
+            f"the {model.name} cannot be written to {target} ({reason}); name a file in a folder "
             "that exists and is yours to write"
         ) from error
 
 
-def read(path: str | os.PathLike[str]) -> Stored:
+def read(path: str | os.PathLike[str], model: Model = FLOW) -> Stored:
     """What a file of `write` holds; raises InputError for any other file."""
     target = Path(path)
     if os.path.isdir(target):
         raise InputError(f"{target} is a folder; give the model file in it")
     if not os.path.exists(target):
-        raise InputError(f"there is no file {target}; give the path that flow.save wrote")
+        raise InputError(f"there is no file {target}; give the path that {model.maker} wrote")
     try:
         with safe_open(target, framework="pt") as file:
             header = (file.metadata() or {}).get("cnf")
@@ -108,20 +128,20 @@ def read(path: str | os.PathLike[str]) -> Stored:
     except PermissionError as error:
         raise InputError(f"{target} cannot be read ({error.strerror}); is it yours?") from error
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise damaged(target) from error
+        raise damaged(target, model) from error
     if not isinstance(settings, dict) or "format" not in settings:
-        raise damaged(target)
+        raise damaged(target, model)
     if settings["format"] != FORMAT:
         raise InputError(
             f"{target} has format {settings['format']!r}, this version reads format {FORMAT}; "
             "install the version that wrote it"
         )
     if _asks_for_too_much(settings, sum(tensor.numel() for tensor in tensors.values())):
-        raise damaged(target)
+        raise damaged(target, model)
     try:
         unpacked = {k: unpack(v) for k, v in settings.items() if k != "format"}
     except (KeyError, TypeError, ValueError) as error:
-        raise damaged(target) from error
+        raise damaged(target, model) from error
     return Stored(unpacked, tensors)
 
 
@@ -134,18 +154,23 @@ def _asks_for_too_much(settings: Mapping[str, Any], stored: int) -> bool:
     base = settings.get("base")
     sizes = [settings.get("dim"), settings.get("context")]
     sizes += list(widths) if isinstance(widths, list) else []
-    sizes += list(base.values()) if isinstance(base, Mapping) else []
+    sizes += [base.get("dim"), base.get("components")] if isinstance(base, Mapping) else []
     return any(isinstance(size, int) and size > stored for size in sizes)
 
 
-def damaged(path: str | os.PathLike[str]) -> InputError:
-    """What is said of a file that no flow can be made of."""
+def damaged(path: str | os.PathLike[str], model: Model = FLOW) -> InputError:
+    """What is said of a file that no model can be made of."""
     return InputError(
-        f"{path} is damaged or is no file that flow.save wrote; restore it or fit again"
+        f"{path} is damaged or is no file that {model.maker} wrote; restore it or {model.again}"
     )
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+def fill(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    model: Model = FLOW,
+) -> None:
     """Put stored tensors into a module of the same settings.
 
     Raises InputError where names or shapes differ, or a value is not finite.
@@ -154,15 +179,15 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: str | os.PathLi
     missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     if missing or unknown:
         raise InputError(
-            f"{path} does not fit the flow: missing {sorted(missing)[:3]}, unknown "
-            f"{sorted(unknown)[:3]}; was it saved with another field= or base=?"
+            f"{path} does not fit the {model.name}: missing {sorted(missing)[:3]}, unknown "
+            f"{sorted(unknown)[:3]}; {model.mismatch}"
         )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise InputError(
                 f"{path}: {name} has shape {tuple(tensor.shape)}, expected "
-                f"{tuple(expected[name].shape)}; was it saved with another field= or base=?"
+                f"{tuple(expected[name].shape)}; {model.mismatch}"
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise InputError(f"{path}: {name} holds values that are not finite; fit again")
+            raise InputError(f"{path}: {name} holds values that are not finite; {model.again}")
     module.load_state_dict(dict(tensors))

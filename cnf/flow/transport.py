@@ -30,6 +30,7 @@ from cnf.ode.gradient.problem import Gradient
 from cnf.ode.integrate import Stats
 from cnf.ode.method import Method
 from cnf.ode.tableau import Tableau
+from cnf.training.ranks import row_noise
 from cnf.training.seed import seeded
 
 TO_BASE, TO_DATA = (1.0, 0.0), (0.0, 1.0)
@@ -210,7 +211,9 @@ class Transport(nn.Module):
             return context
         given = torch.ones_like(context[:, :1])
         if withheld:
-            given = (torch.rand_like(given) >= withheld).to(context.dtype)
+            kind = {"dtype": given.dtype, "device": given.device}
+            chances = row_noise(len(given), lambda rows: torch.rand(rows, 1, **kind))
+            given = (chances >= withheld).to(context.dtype)
         return torch.cat([context * given, given], 1)
 
     @property
@@ -234,6 +237,11 @@ class Transport(nn.Module):
     def take_field(self, field: nn.Module, shape: Shape) -> None:
         """Put another default field in the place of this one; its shape is then settled."""
         self.field, self.shape, self._open_shape = field, shape, (False, False)
+
+    def reopen_field(self, shape: Shape, open_shape: tuple[bool, bool]) -> None:
+        """Put an untrained default field in the place of this one, of which so much is open."""
+        self.take_field(self.new_field(shape), shape)
+        self._open_shape = open_shape
 
     def chosen_divergence(self) -> Divergence:
         """The divergence in use: what "auto" stands for with this field."""

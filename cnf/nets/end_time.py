@@ -43,6 +43,11 @@ class EndTime(nn.Module):
         return self.end * self.field(self.end * t, x, *rows)
 
     @property
+    def embed(self) -> Callable[[Tensor], Tensor] | None:
+        """What the field makes of contexts once for each solve, where it offers that."""
+        return getattr(self.field, "embed", None)
+
+    @property
     def tangent(self) -> Callable[..., tuple[Tensor, Tensor]] | None:
         """(f, J·tangents) as a function of (t, x, tangents), where the field offers it."""
         carry = getattr(self.field, "tangent", None)

@@ -138,7 +138,7 @@ class BilinearMLP(MLP):
 
     def pull_divergence(
         self, t: Tensor, x: Tensor, *tensors: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...], dict[Tensor, Tensor]] | None:
+    ) -> tuple[Tensor, tuple[Tensor, ...], dict[Tensor, Tensor | None]] | None:
         """What `with_divergence` pulls cotangents back to: those of x, of what `prepare` returned,
         and of the parameters.  By its own formula, without a graph; None where it has none.
 
@@ -150,6 +150,8 @@ class BilinearMLP(MLP):
         x_bar, bars = pull(x, *self._layers(t, mixing, *given), value_bar, trace_bar)
         first, second = self.weights
         at_time = bars.at_time.sum(0) if given else bars.at_time
+        # the net of contexts was asked ahead of the solve and takes no part in it
+        apart = () if self.given is None else self.given.parameters()
         return (
             x_bar,
             (bars.at_time, bars.m) if given else (bars.m,),
@@ -159,6 +161,7 @@ class BilinearMLP(MLP):
                 self.out: bars.w3,
                 self.time.weight: torch.outer(at_time, self.time.features(t)),
                 self.time.bias: at_time,
+                **dict.fromkeys(apart),
             },
         )
 

@@ -45,8 +45,9 @@ class Pulls(Protocol):
 
     def __call__(
         self, t: Tensor, y: Any, *tensors: Any
-    ) -> tuple[Any, Sequence[Tensor | None], Mapping[Tensor, Tensor]] | None:
-        """(cotangents of y, of what it is called with, of what it captures by the tensor itself).
+    ) -> tuple[Any, Sequence[Tensor | None], Mapping[Tensor, Tensor | None]] | None:
+        """(cotangents of y, of what it is called with, of what it captures by the tensor itself:
+        None for what takes no part).
 
         tensors: what the field is called with, then the cotangent of dy/dt, and of the rates if it
         has any.  Without a graph; None where the formula does not apply.

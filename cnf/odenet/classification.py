@@ -15,6 +15,7 @@ from torch.nn import functional
 from cnf.error import InputError
 from cnf.ode.integrate import Stats
 from cnf.odenet.block import blocks_of
+from cnf.training.ranks import current
 
 BATCH = 500  # images that are judged at once
 
@@ -97,20 +98,23 @@ class Judgement:
 def judge(net: nn.Module, images: Tensor, labels: Tensor, batch: int = BATCH) -> Judgement:
     """The judgement of a net in its evaluation mode, batch by batch on the net's device.
 
-    images: (n, channels, height, width) in [0, 1]; labels: (n,).
+    images: (n, channels, height, width) in [0, 1]; labels: (n,).  Of ranks that train together each
+    takes its share of the images, and all know the whole; nfe is of that share.
     """
     start = time.perf_counter()
     device = next(net.parameters()).device
     training = net.training
     net.eval()
     logits, counts = [], []
+    ranks = current()
     try:
-        for part in images.split(batch):
-            logits.append(net(part.to(device)).cpu())
-            counts.append(spent(stats_of(net), "nfe"))
+        with ranks.agreeing():
+            for part in images[ranks.share(len(images))].split(batch):
+                logits.append(net(part.to(device)).cpu())
+                counts.append(spent(stats_of(net), "nfe"))
     finally:
         net.train(training)
-    found = torch.cat(logits)
+    found = ranks.whole(torch.cat(logits), len(images))
     predictions, classes = found.argmax(1), found.shape[1]
     pairs = torch.bincount(classes * labels + predictions, minlength=classes**2)
     known = [count for count in counts if count is not None]

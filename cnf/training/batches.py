@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cnf.training.ranks import current, row_noise
+
 
 class Shuffled:
     """Batches of aligned tensors: all rows in a new order, again and again.
 
     parts: tensors of as many rows; size: of a batch; change: what is done to a batch's first part,
     such as `shifted`; device: where batches go.  Random numbers are torch's own.
+    Of ranks that train together each gets its share of the batch.
     """
 
     def __init__(
@@ -25,14 +28,16 @@ class Shuffled:
         device: torch.device | str = "cpu",
     ) -> None:
         self._parts, self._change, self._device = parts, change, device
-        self._size = min(size, len(parts[0]))
+        self._ranks = current()
+        self._size = self._ranks.batch_size(min(size, len(parts[0])))
         self._order = torch.empty(0, dtype=torch.long)
 
     def __call__(self) -> tuple[Tensor, ...]:
         if len(self._order) < self._size:
             self._order = torch.cat([self._order, torch.randperm(len(self._parts[0]))])
         chosen, self._order = self._order[: self._size], self._order[self._size :]
-        first, *rest = (part[chosen].to(self._device) for part in self._parts)
+        own = chosen[self._ranks.share(self._size)]
+        first, *rest = (part[own].to(self._device) for part in self._parts)
         return (first if self._change is None else self._change(first), *rest)
 
     def state_dict(self) -> dict[str, Any]:
@@ -49,7 +54,11 @@ def shifted(images: Tensor, most: int) -> Tensor:
     """
     batch, channels, height, width = images.shape
     padded = torch.nn.functional.pad(images, (most,) * 4)
-    down, right = torch.randint(2 * most + 1, (2, batch, 1), device="cpu").to(images.device)
+
+    def moves(rows: int) -> Tensor:
+        return torch.randint(2 * most + 1, (2, rows, 1), device="cpu").transpose(0, 1)
+
+    down, right = row_noise(batch, moves).transpose(0, 1).to(images.device)
     rows = down + torch.arange(height, device=images.device)
     columns = right + torch.arange(width, device=images.device)
     row = torch.arange(batch, device=images.device).reshape(-1, 1, 1, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cnf.error import IntegrationError, TrainingError
 from cnf.training.optimizer import Adam, Optimizer
+from cnf.training.ranks import connected, current
 
 Batch = Tensor | tuple[Any, ...]  # what the module takes: one argument or several
 Batches = Callable[[], Batch]
@@ -115,6 +116,8 @@ class Training:
     `state_dict` is all that decides how it goes on, but for torch's random state, which is the
     program's: weights, averaged and best weights, optimizer, step, seconds used, and where batches
     stand if they offer `state_dict` and `load_state_dict` themselves.
+    Of ranks that train together each has its own batches, and all go the same way: the gradient is
+    their mean, and whatever hangs on a clock or a measurement is decided by all.
     """
 
     def __init__(
@@ -123,18 +126,27 @@ class Training:
         self.module, self.batches, self.plan = module, batches, plan
         self.validate, self.best = validate, best
         self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.ranks = current()
+        self._loss = self.ranks.over(module)
         self.optimizer = plan.optimizer.over(self.parameters, plan.lr)
         self.average = Average(self.parameters, plan.memory)
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.is_done = False
+        self._error: float | None = None
         self._clock = _Clock(plan)
 
-    def __iter__(self) -> Iterator[Progress]:
-        steps = self._clock.steps(self.step)
+    def __iter__(self) -> Generator[Progress]:
+        steps, _ = self._planned()
         while not self.is_done:
             record = self._advance(steps)
             steps = record.steps
             yield record
+
+    def _planned(self) -> tuple[int, bool]:
+        """How many steps are planned by now, and whether to validate."""
+        clock = self._clock
+        steps, due = self.ranks.agreed(clock.steps(self.step), clock.validation_due(self.step))
+        return int(steps), bool(due)
 
     def _advance(self, steps: int) -> Progress:
         """One step of as many as planned; where training stands after it."""
@@ -143,12 +155,12 @@ class Training:
         loss = self._step(self.batches(), lr)
         self.step += 1
         self._count(loss)
-        steps = clock.steps(self.step)
+        steps, due = self._planned()
         last = self.step >= steps  # decided once: the weights of the last step are always measured
         score = None
-        if clock.validation_due(self.step) or last:
+        if due or last:
             with self.average.in_place(), clock.validating(self.step):
-                score = self.validate()
+                (score,) = self.ranks.agreed(self.validate())
             self.best.offer(score, self.average.weights)
         tired = plan.patience is not None and self.best.age >= plan.patience
         self.is_done = last or tired
@@ -164,7 +176,7 @@ class Training:
             nfe=getattr(self.module, "nfe", None),
             skipped=self.skipped,
             nfe_backward=getattr(self.module, "nfe_backward", None),
-            error=getattr(self.module, "error", None),
+            error=self._error,
         )
 
     def _count(self, loss: float) -> None:
@@ -187,18 +199,37 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()
+        loss = self._forward(batch)
+        value = self._measured(loss)
+        if loss is None or not math.isfinite(value):
+            return math.nan
         try:
-            with torch.enable_grad():
-                loss = self.module(*batch) if isinstance(batch, tuple) else self.module(batch)
-            if not math.isfinite(value := loss.item()):
-                return math.nan
-            loss.backward()
+            with connected():
+                loss.backward()
         except IntegrationError:
+            if self.ranks.world > 1:
+                raise  # the others wait for this gradient: they cannot leave the batch out
             return math.nan
         norm = nn.utils.clip_grad_norm_(self.parameters, self.plan.clip)
         if not math.isfinite(norm.item()):
             return math.nan
         self.optimizer.step()
+        return value
+
+    def _forward(self, batch: Batch) -> Tensor | None:
+        """The loss, or None where a solve failed."""
+        try:
+            with torch.enable_grad():
+                return self._loss(*batch) if isinstance(batch, tuple) else self._loss(batch)
+        except IntegrationError:
+            return None
+
+    def _measured(self, loss: Tensor | None) -> float:
+        """The loss of the whole batch, not finite where a rank has none; notes its error."""
+        value = math.nan if loss is None else loss.item()
+        error = getattr(self.module, "error", None)
+        value, share = self.ranks.mean(value, error or 0.0)
+        self._error = None if error is None else share
         return value
 
     def state_dict(self) -> dict[str, Any]:

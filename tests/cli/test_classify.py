@@ -205,8 +205,8 @@ def test_what_came_after_the_last_snapshot_is_done_again(
 ) -> None:
     with monkeypatch.context() as patch:
         at_step(patch, 8, kill)
-        kept = iter([False, False, True, False, False, True, False])  # after steps 3 and 6
-        patch.setattr(classify.Interval, "is_over", lambda self: next(kept))
+        kept = iter([False, True, False, False, True, False])  # after steps 3 and 6
+        patch.setattr("cnf.training.snapshot.Interval.is_over", lambda self: next(kept))
         with pytest.raises(Killed):
             cnf_command(*TINY)
     assert len(losses(RUN)) == 8
@@ -257,8 +257,9 @@ def test_a_snapshot_of_another_net_is_refused(cnf_command, monkeypatch, refusal)
     (RUN / folder.CONFIG).write_text(json.dumps(config))
     command = ("mnist", "classify", "--resume", "--out", RUN, "--quiet")
     assert "is not of this run" in refusal(*command)
-    (RUN / folder.SNAPSHOT).write_bytes(b"torn")
-    assert "is damaged or no snapshot" in refusal(*command)
+    for path in RUN.glob("snapshot*"):
+        path.write_bytes(b"torn")
+    assert "and the snapshot before it are damaged" in refusal(*command)
 
 
 def test_there_must_be_something_to_resume(cnf_command, refusal) -> None:

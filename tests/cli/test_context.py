@@ -7,8 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from matplotlib.image import imread
+from PIL import Image
 
-from cnf.cli import main
+from cnf.cli import main, picture
+from cnf.cli.source import read_source
 from cnf.data.table import read_table
 from cnf.flow.flow import Flow
 
@@ -31,6 +35,11 @@ def conditional(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def table(name: str = "t.csv", header: str = HEADER) -> str:
     np.savetxt(name, ROWS, delimiter=",", header=header, comments="")
     return name
+
+
+def drawn_lines(name: str) -> list[str]:
+    """What an .svg draws, without its date and random names."""
+    return [line for line in Path(name).read_text().splitlines() if line.lstrip().startswith("L ")]
 
 
 def test_all_other_columns_are_data(conditional: Path) -> None:
@@ -76,6 +85,45 @@ def test_a_conditional_run_is_checked_on_a_file(
     assert outcome.code == 0 and json.loads(outcome.out)["rows"] == 80
 
 
+def test_a_conditional_run_is_checked_on_draws_given_a_context(
+    conditional: Path, cnf_command, monkeypatch
+) -> None:
+    monkeypatch.setattr("cnf.flow.check.CELLS", 60)
+    assert cnf_command("check", conditional, "--context", "5,-1").code == 0
+
+
+@pytest.mark.parametrize("what", ["density", "trajectories", "field", "tradeoff"])
+def test_one_contexts_density_is_drawn(what: str, conditional: Path, cnf_command) -> None:
+    arguments = ("plot", conditional, "--what", what, "--context", "5,-1", "-o", "p.png")
+    outcome = cnf_command(*arguments)
+    assert (outcome.code, outcome.err) == (0, "") and imread("p.png").size
+
+
+def test_an_animation_is_given_a_context(conditional: Path, cnf_command) -> None:
+    arguments = ("--what", "animation", "--context", "5,-1", "-o", "a.gif")
+    assert cnf_command("plot", conditional, *arguments).code == 0
+    with Image.open("a.gif") as picture:
+        assert picture.n_frames == 3
+
+
+def test_a_context_changes_the_picture(conditional: Path, cnf_command) -> None:
+    for name, context in (("a.svg", "5,-1"), ("b.svg", "5,-1"), ("c.svg", "4,2")):
+        arguments = ("--what", "trajectories", f"--context={context}", "-o", name)
+        assert cnf_command("plot", conditional, *arguments).code == 0
+    first, again, other = (drawn_lines(name) for name in ("a.svg", "b.svg", "c.svg"))
+    assert first == again != other
+
+
+def test_data_beside_a_density_have_the_nearest_contexts(conditional: Path, monkeypatch) -> None:
+    monkeypatch.setattr(picture, "LEAST_NEAREST", 3)
+    source = read_source(
+        str(conditional.parent / "t.csv"), seed=0, columns=None, context=("dose", "age")
+    )
+    rows, contexts = source.parts(picture._shown_rows(source))
+    near = picture._rows_near(source, torch.tensor(contexts[7]))
+    assert len(near) == 3 and rows[7] in near
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -90,7 +138,18 @@ def test_a_conditional_run_is_checked_on_a_file(
         (("sample", "RUN", "-n", "3", "--context", "1", "-o", "s.npy"), "got 1 values"),
         (("sample", "RUN", "-n", "3", "--context", "1,x", "-o", "s.npy"), "no list of numbers"),
         (("sample", "MOONS", "-n", "3", "--context", "1", "-o", "s.npy"), "is not needed here"),
-        (("check", "RUN"), "draws need a context"),
+        (("check", "RUN"), "draws need a context; give --context"),
+        (("check", "RUN", "t.csv", "--context", "5,-1"), "the rows of t.csv have their own"),
+        (("check", "MOONS", "--context", "1"), "is not needed here"),
+        (
+            ("plot", "RUN", "--what", "field"),
+            "one for each context; give values of 'dose', 'age': --context X,Y",
+        ),
+        (("plot", "RUN", "--what", "trajectories"), "--what trajectories draws one density"),
+        (("plot", "RUN", "--what", "animation"), "--what animation draws one density"),
+        (("plot", "RUN", "--what", "field", "--context", "1"), "got 1 values"),
+        (("plot", "RUN", "--what", "pairs", "--context", "5,-1"), "draws no single one"),
+        (("plot", "MOONS", "--what", "field", "--context", "1"), "is not needed here"),
     ],
 )
 def test_contexts_that_do_not_fit_are_refused(

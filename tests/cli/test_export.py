@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from cnf.cli import main
 from cnf.cli.classifier import read_classifier
+from cnf.cli.folder import MODEL
 
 TINY = (
     "mnist", "classify", "--dataset", "digits", "--steps", "2", "--width", "4", "--batch-size",
@@ -64,3 +66,14 @@ def test_other_runs_are_refused(moons: Path, refusal, cnf_command) -> None:
     assert "holds no model.safetensors" in refusal("export", "nowhere", "--nfe", 8)
     assert cnf_command(*TINY[:4], *TINY[4:10], "--net", "mlp", "--out", "mlp", "--quiet").code == 0
     assert "has no ODE" in refusal("export", "mlp", "--nfe", 8)
+
+
+def test_a_damaged_classifier_is_called_one(odenet: Path, refusal, tmp_path: Path) -> None:
+    shutil.copytree(odenet, tmp_path / "run")
+    model = tmp_path / "run" / MODEL
+    whole = model.read_bytes()
+    for content in (whole[:200], b"", whole.replace(b"shape", b"shane", 1)):
+        model.write_bytes(content)
+        sentence = refusal("export", "run", "--nfe", 8)
+        assert "is no file that `cnf mnist classify` wrote; restore it or train again" in sentence
+        assert "flow" not in sentence

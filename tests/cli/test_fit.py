@@ -124,7 +124,8 @@ def test_a_run_that_cannot_be_integrated_keeps_its_records(cnf_command, monkeypa
     outcome = cnf_command("fit", "moons", *TINY)
     assert outcome.code == 1 and outcome.out == ""
     assert outcome.err.splitlines()[-1].startswith("cnf: step shrank to 1e-12")
-    assert names(Path("runs/moons")) == {"config.json", "metrics.jsonl"}
+    kept = {"config.json", "metrics.jsonl", "snapshot.pt", "snapshot-before.pt"}
+    assert names(Path("runs/moons")) == kept
 
 
 def test_a_failed_start_leaves_no_folder(cnf_command, monkeypatch) -> None:

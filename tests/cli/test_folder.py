@@ -85,7 +85,7 @@ def test_nothing_half_written_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
         with pytest.raises(OSError, match="full"):
             folder.write_json("config.json", {"seed": 2})
-    assert json.loads(Path("a/config.json").read_text()) == {"seed": 1}
+    assert json.loads(Path("a/config.json").read_text()) == {"format": 1, "seed": 1}
     assert {path.name for path in Path("a").iterdir()} == {"config.json", "metrics.jsonl"}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,10 +20,10 @@ F64 = torch.float64
 class Rotating(nn.Module):
     """f(t, x) = A x with a full A, whose trace Hutchinson's estimate gets wrong by its noise."""
 
-    def __init__(self, dim: int = 6) -> None:
+    def __init__(self, dim: int = 6, size: float = 0.4) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(3)
-        self.matrix = nn.Parameter(0.4 * torch.randn(dim, dim, generator=generator))
+        self.matrix = nn.Parameter(size * torch.randn(dim, dim, generator=generator))
 
     def forward(self, t, x):
         return x @ self.matrix.T
@@ -49,10 +51,12 @@ def shaken(flow: Flow, size: float = 0.4) -> Flow:
 
 
 def exact(flow: Flow) -> Flow:
-    """The same flow to tight tolerances, in float64."""
-    twin = Flow(flow.dim, hidden=flow.hidden, rtol=1e-11, atol=1e-11, logdet_atol=1e-10)
-    twin.load_state_dict(flow.state_dict())
-    return twin.double()
+    """The same flow in float64, to tight tolerances and with the exact trace."""
+    twin = copy.deepcopy(flow).double()
+    tight = cnf.Adaptive(1e-11, 1e-11, quadrature_atol=1e-10)
+    twin.solver = replace(twin.solver, method="dopri5", control=tight)
+    twin.divergence = "auto"
+    return twin
 
 
 # what a value is worth ----------------------------------------------------------------------
@@ -162,14 +166,77 @@ def test_a_smaller_error_costs_more():
     assert counts[0] < counts[1] < counts[2]
 
 
-def test_probes_are_added_until_the_trace_is_known_well_enough():
-    flow = Flow(6, field=Rotating(), divergence=cnf.Hutchinson())
-    x = torch.randn(10, 6)
+def briefly_trained() -> Flow:
+    x = cnf.data.toy("8gaussians").sample((2000,))
+    return Flow(2, hidden=(32, 32), bandwidth=(1.0, 12.0), seed=0).fit(
+        x, steps=80, seed=0, progress=False
+    )
+
+
+def of_tails(df: float) -> Flow:
+    return shaken(Flow(2, hidden=(16, 16), base=cnf.StudentT(2, df=df)))
+
+
+AWKWARD = {
+    "far out": lambda: (shaken(Flow(2, hidden=(16, 16))).double(), 40 * torch.randn(30, 2)),
+    "wide tails": lambda: (of_tails(1.5), torch.distributions.StudentT(1.5).sample((30, 2))),
+    "briefly trained": lambda: (briefly_trained(), 3 * torch.randn(30, 2)),
+    "many dimensions": lambda: (shaken(Flow(64, hidden=(32, 32)), 0.15), torch.randn(30, 64)),
+    "deep": lambda: (shaken(Flow(3, hidden=(16, 16, 16))), 2 * torch.randn(30, 3)),
+    "planar": lambda: (shaken(Flow(2, field=cnf.nets.PlanarField(2, 8))), 3 * torch.randn(30, 2)),
+    "potential": lambda: (
+        shaken(Flow(3, field=cnf.nets.PotentialField(3)), 0.1),
+        torch.randn(30, 3),
+    ),
+    "at an edge": lambda: (
+        shaken(Flow(2, hidden=(16, 16), support=(0, 1))),
+        torch.rand(30, 2) ** 8,
+    ),
+    "fixed steps": lambda: (
+        shaken(Flow(2, hidden=(16, 16), method="rk4", step_size=0.5)),
+        2 * torch.randn(30, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+@pytest.mark.parametrize("error", [0.1, 0.01])
+def test_an_error_is_kept_by_awkward_flows(name, error):
+    torch.manual_seed(1)
+    flow, x = AWKWARD[name]()
     with torch.no_grad():
-        found = flow.log_prob(x, error=0.02)
-        flow.divergence = cnf.Tangents()
-        known = flow.log_prob(x)
-    assert (found - known).abs().max() <= 0.03
+        found, known = flow.log_prob(x, error=error), exact(flow).log_prob(x.double())
+    rounding = 8 * torch.finfo(found.dtype).eps * known.abs()
+    assert ((found.double() - known).abs() <= error + rounding).all()
+
+
+def test_probes_are_added_until_the_trace_is_known_well_enough():
+    flow = Flow(200, field=Rotating(200, 0.01), divergence=cnf.Hutchinson())
+    x = torch.randn(10, 200)
+    with torch.no_grad():
+        known = exact(flow).log_prob(x.double())
+        _, rough = flow.log_prob(x, return_info=True)
+        found, info = flow.log_prob(x, error=4.0, return_info=True)
+        assert info.trace_error.min() > 0 and info.trace_error.max() <= 1.0
+        assert rough.trace_error.min() > 1.0
+        assert (found - known).abs().max() <= 4.0
+        assert (flow.log_prob(x, error=1e-2) - known).abs().max() <= 1e-2
+
+
+@pytest.mark.parametrize("law", ["rademacher", "gaussian", "hadamard", "orthogonal"])
+def test_an_error_is_kept_whatever_the_noise(law):
+    flow, x = Flow(200, field=Rotating(200, 0.01)), torch.randn(4, 200)
+    with torch.no_grad():
+        known = exact(flow).log_prob(x.double())
+        for seed in range(6):
+            flow.divergence = cnf.Hutchinson(law=law, seed=seed)
+            assert (flow.log_prob(x, error=4.0) - known).abs().max() <= 4.0
+
+
+def test_where_an_estimate_would_cost_as_much_the_trace_is_exact():
+    flow = Flow(6, field=Rotating(), divergence=cnf.Hutchinson())
+    _, info = flow.log_prob(torch.randn(5, 6), error=0.02, return_info=True)
+    assert not info.trace_error.any()
 
 
 def test_an_error_is_kept_with_fixed_steps_too():
@@ -221,8 +288,6 @@ def test_a_budget_and_an_aim_exclude_each_other():
 )
 @pytest.mark.parametrize("error", [None, 1e-4], ids=["tolerance", "error"])
 def test_a_row_alone_shuffled_and_in_a_batch_of_a_thousand_is_the_same(settings, error):
-    if error and "divergence" in settings:
-        error = 2.0
     flow = shaken(Flow(2, **{"hidden": (8, 8), **settings}), 0.2).double()
     x = torch.randn(1000, 2, dtype=F64)
     context = torch.randn(1000, 2, dtype=F64) if flow.context else None

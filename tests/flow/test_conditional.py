@@ -48,6 +48,46 @@ class KnownDriven(Driven):
         return self(t, x, context), trace.expand(len(x))
 
 
+class JointMixture(nn.Module):
+    """Three Gaussians over (x, c) in R² × R, and the field that carries the normal to their law of
+    x given c: E[z₁ − z₀ | z_t = x, c], all in closed form.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.mean = 1.5 * torch.randn(3, 3, generator=generator, dtype=F64)
+        mixing = torch.randn(3, 3, 3, generator=generator, dtype=F64)
+        self.covariance = 0.3 * mixing @ mixing.mT + 0.1 * torch.eye(3, dtype=F64)
+        self.share = torch.tensor([0.5, 0.3, 0.2], dtype=F64)
+
+    def given(self, context):
+        """(log weights, means, covariances) of x given c (batch, 1): (batch, 3, …)."""
+        spread = self.covariance[:, 2, 2]
+        slope = self.covariance[:, :2, 2] / spread[:, None]
+        inner = self.covariance[:, :2, :2] - slope[:, :, None] * self.covariance[:, None, :2, 2]
+        away = context - self.mean[:, 2]
+        weights = self.share.log() + Normal(0.0, spread.sqrt()).log_prob(away)
+        means = self.mean[:, :2] + slope * away.unsqueeze(-1)
+        return weights.log_softmax(-1), means, inner
+
+    def log_prob(self, x, context):
+        weights, means, covariances = self.given(context)
+        parts = MultivariateNormal(means, covariances).log_prob(x.unsqueeze(1))
+        return torch.logsumexp(weights + parts, -1)
+
+    def forward(self, t, x, context):
+        weights, means, covariances = self.given(context)
+        t = t.reshape(-1, 1, 1)
+        eye = torch.eye(2, dtype=F64)
+        spread = t.unsqueeze(-1).square() * covariances + (1 - t.unsqueeze(-1)).square() * eye
+        law = MultivariateNormal(t * means, spread)
+        share = (weights + law.log_prob(x.unsqueeze(1))).softmax(-1)
+        away = torch.linalg.solve(spread, (x.unsqueeze(1) - t * means).unsqueeze(-1)).squeeze(-1)
+        pulled = (t.unsqueeze(-1) * covariances @ away.unsqueeze(-1)).squeeze(-1) - (1 - t) * away
+        return (share.unsqueeze(-1) * (means + pulled)).sum(1)
+
+
 class TwoHumps:
     """½ N(m(c), s(c)²) + ½ N(−m(c), s(c)²) of one column, with m = 2 + c and s = e^(c/2)/3."""
 
@@ -106,6 +146,16 @@ def test_a_driven_linear_field_has_the_gaussians_samples():
     assert torch.allclose(torch.cov(draws.T), law.covariance_matrix, atol=0.06)
 
 
+def test_the_density_is_that_of_a_conditional_gaussian_mixture_in_closed_form():
+    law = JointMixture()
+    flow = Flow(2, context=1, field=law, **TIGHT).double()
+    x, context = 2 * torch.randn(12, 2, dtype=F64), torch.randn(12, 1, dtype=F64)
+    with torch.no_grad():
+        assert torch.allclose(flow.log_prob(x, context), law.log_prob(x, context), atol=1e-6)
+        draws, log_prob = flow.sample(20, context[0], seed=0, return_log_prob=True)
+        assert torch.allclose(log_prob, law.log_prob(draws, context[:1].expand(20, -1)), atol=1e-6)
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES[:2], ids=type)
 @pytest.mark.parametrize("hidden", [(8,), (8, 7), (8, 7, 6)])
 def test_log_prob_is_the_jacobian_of_encode(hidden, divergence):
@@ -137,6 +187,21 @@ def test_every_gradient_method_finds_the_same_gradient(divergence):
     for gradient in ("checkpoint", "adjoint"):
         for part, expected in zip(found[gradient], found["backprop"], strict=True):
             assert torch.allclose(part, expected, atol=1e-3, rtol=1e-2) and expected.any()
+
+
+def test_backward_given_a_context_goes_by_the_formula_alone(monkeypatch):
+    flow, graphs = exact(), []
+    original = cnf.nets.BilinearMLP.with_divergence
+
+    def noted(self, *arguments):
+        graphs.append(torch.is_grad_enabled())
+        return original(self, *arguments)
+
+    monkeypatch.setattr(cnf.nets.BilinearMLP, "with_divergence", noted)
+    loss = cnf.MaximumLikelihood(flow)(torch.randn(5, 2), torch.randn(5, 3))
+    loss.backward()
+    assert len(graphs) > 5 and not any(graphs[1:])  # the first tells what the field returns
+    assert all(p.grad is not None for p in flow.parameters())
 
 
 def test_the_context_matters_and_its_rows_stay_apart():

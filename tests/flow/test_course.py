@@ -9,18 +9,25 @@ from cnf.flow.course import log_density_at, paths, velocity_at
 from cnf.flow.flow import Flow
 
 F64 = torch.float64
+GIVEN = torch.tensor([0.5, -1.0, 3.0], dtype=F64)
 
 
-@pytest.fixture
-def flow():
+def untrained(context=0):
     torch.manual_seed(0)
-    flow = Flow(2, hidden=(8, 8), bandwidth=None, rtol=1e-8, atol=1e-8, logdet_atol=1e-8).double()
+    tight = {"rtol": 1e-8, "atol": 1e-8, "logdet_atol": 1e-8}
+    flow = Flow(2, context=context, hidden=(8, 8), bandwidth=None, **tight).double()
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return flow.whiten(
-        torch.randn(200, 2, dtype=F64) @ torch.tensor([[2.0, 0.5], [0, 1.0]]).double()
+        torch.randn(200, 2, dtype=F64) @ torch.tensor([[2.0, 0.5], [0, 1.0]]).double(),
+        torch.randn(200, context, dtype=F64) if context else None,
     )
+
+
+@pytest.fixture
+def flow():
+    return untrained()
 
 
 def test_paths_lead_from_the_base_to_the_data(flow):
@@ -52,3 +59,14 @@ def test_velocities_are_the_slopes_of_the_paths(flow):
     z = torch.randn(5, 2, dtype=F64)
     before, at, after = paths(flow, z, [0.0, 0.4 - 1e-3, 0.4, 0.4 + 1e-3])[1:]
     assert torch.allclose(velocity_at(flow, at, 0.4), (after - before) / 2e-3, atol=1e-4)
+
+
+def test_a_conditional_flow_is_looked_at_given_a_context():
+    flow, x = untrained(context=3), torch.randn(5, 2, dtype=F64)
+    found = paths(flow, x, [0.0, 0.5 - 1e-3, 0.5, 0.5 + 1e-3, 1.0], GIVEN)
+    assert torch.allclose(found[-1], flow.decode(x, GIVEN), atol=1e-6)
+    assert torch.allclose(log_density_at(flow, x, 1.0, GIVEN), flow.log_prob(x, GIVEN), atol=1e-9)
+    slopes = (found[3] - found[1]) / 2e-3
+    assert torch.allclose(velocity_at(flow, found[2], 0.5, GIVEN), slopes, atol=1e-4)
+    other = paths(flow, x, [0.0, 1.0], -GIVEN)[-1]
+    assert not torch.allclose(found[-1], other, atol=1e-2)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+import cnf
+from cnf.error import InputError
 from cnf.flow.divergence import ClosedForm, Hutchinson, Tangents
 from cnf.flow.flow import Flow
 from cnf.flow.objective import FlowMatching, MaximumLikelihood, expected_velocity, fresh
@@ -253,3 +255,38 @@ def test_the_best_linear_field_moves_a_normal_onto_data_of_another_width():
     entropy = math.log(2 * math.sqrt(2 * math.pi * math.e))
     with torch.no_grad():
         assert -flow.log_prob(2 * torch.randn(4000, 1)).mean() == pytest.approx(entropy, abs=0.1)
+
+
+# what a loop of one's own hands over --------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [MaximumLikelihood, FlowMatching])
+def test_arrays_and_frames_are_batches_too(kind):
+    flow, x = Flow(2, hidden=(4,), context=1), torch.randn(8, 2)
+    torch.manual_seed(0)
+    expected = kind(flow)(x, torch.ones(8, 1))
+    torch.manual_seed(0)
+    assert kind(flow)(x.double().numpy(), [1.0]) == expected
+
+
+@pytest.mark.parametrize("kind", [MaximumLikelihood, FlowMatching])
+@pytest.mark.parametrize(
+    ("columns", "batch", "said"),
+    [
+        (0, (torch.zeros(4, 3),), r"x has shape \(4, 3\), expected \(n, 2\)"),
+        (0, (torch.full((4, 2), math.nan),), "x has missing, NaN or infinite values in 4 rows"),
+        (0, (torch.zeros(4, 2), torch.zeros(4, 1)), "the flow takes no context"),
+        (3, (torch.zeros(4, 2),), "the flow is conditional and got no context"),
+        (3, (torch.zeros(4, 2), torch.zeros(4, 2)), r"context has shape \(4, 2\)"),
+        (3, (torch.zeros(4, 2), torch.zeros(5, 3)), "give one context for each row"),
+    ],
+)
+def test_batches_that_do_not_fit_are_refused(kind, columns, batch, said):
+    with pytest.raises(InputError, match=said):
+        kind(Flow(2, hidden=(4,), context=columns))(*batch)
+
+
+def test_flow_matching_refuses_a_base_that_it_would_not_see():
+    flow = Flow(2, hidden=(4,), base=cnf.StudentT(2, df=5))
+    with pytest.raises(InputError, match="a base of its own; train it with MaximumLikelihood"):
+        FlowMatching(flow)(torch.zeros(4, 2))

@@ -19,7 +19,7 @@ from torch.distributions import Independent, StudentT
 import cnf
 from cnf.data.density import toy
 from cnf.error import InputError, IntegrationError
-from cnf.flow import recipe
+from cnf.flow import fitting, recipe
 from cnf.flow.flow import Flow
 from cnf.flow.recipe import split_rows
 from cnf.training.loop import Progress, TrainingError
@@ -431,9 +431,9 @@ def test_rows_of_ones_own_are_validated_on_and_not_trained_on(kind):
 
 
 def test_sorted_rows_of_ones_own_are_looked_at_from_end_to_end(monkeypatch):
-    monkeypatch.setattr(recipe, "VALIDATION_ROWS", 10)
+    monkeypatch.setattr(fitting, "VALIDATION_ROWS", 10)
     own = torch.arange(100.0)[:, None].expand(-1, 2)
-    assert recipe._Score(tiny(), own)._rows[:, 0].tolist() == [11.0 * i for i in range(10)]
+    assert fitting.Validation(tiny(), own)._rows[:, 0].tolist() == [11.0 * i for i in range(10)]
 
 
 def test_sorted_rows_are_whitened_as_a_whole(monkeypatch):
@@ -609,3 +609,44 @@ def test_a_field_without_times_by_row_falls_back_to_likelihood_with_a_warning(di
 def test_a_field_with_times_by_row_is_warmed_up_by_flow_matching(dim):
     records = records_of(Flow(dim, field=Timed(dim)), torch.randn(60, dim), steps=10)
     assert {record.phase for record in records} == {"fm", "ml"}
+
+
+# laws -----------------------------------------------------------------------------------------
+
+
+def test_a_law_is_drawn_from_anew_for_every_batch():
+    drawn = []
+
+    class Noted(Independent):
+        def sample(self, sample_shape=()):
+            drawn.append(super().sample(sample_shape))
+            return drawn[-1]
+
+    law = Noted(StudentT(torch.full((2,), 5.0)), 1)
+    split = split_rows(law, tiny(), 0.1)
+    batches = split.batches(7, tiny())
+    first, second = batches(), batches()
+    assert first.shape == (7, 2) and not torch.equal(first, second)
+    assert torch.equal(split.validation, drawn[0])
+
+
+def test_a_flow_is_fitted_to_a_law():
+    law = toy("moons")
+    flow = fit(tiny(), law, steps=30)
+    normal = tiny().whiten(law.sample((1000,)))
+    assert score(flow, law.sample((500,))) < score(normal, law.sample((500,)))
+
+
+def test_a_law_of_another_width_is_refused():
+    with pytest.raises(InputError, match=r"expected \(n, 3\)"):
+        fit(Flow(3), toy("moons"))
+
+
+def test_a_law_leaves_no_room_for_contexts():
+    with pytest.raises(InputError, match="rows and their contexts"):
+        fit(tiny(context=1), toy("moons"))
+
+
+def test_a_law_is_validated_on_rows_of_ones_own():
+    own = banana(50)
+    assert torch.equal(split_rows(toy("moons"), tiny(), own).validation, own)

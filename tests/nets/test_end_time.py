@@ -10,6 +10,7 @@ from torch import nn
 
 from cnf.flow.divergence import ClosedForm, Tangents, choose_divergence
 from cnf.flow.flow import Flow
+from cnf.flow.objective import MaximumLikelihood
 from cnf.nets.end_time import EndTime, EndTimeClosedForm, learned_end_time
 from cnf.nets.mlp import MLP, BilinearMLP
 from cnf.ode.solution import solve
@@ -124,3 +125,18 @@ def test_it_is_copied_and_stored(make, tmp_path):
 def test_an_end_that_is_none_is_refused(end):
     with pytest.raises(ValueError, match="the end time must be a number > 0"):
         learned_end_time(Plain(), end)
+
+
+@pytest.mark.parametrize("hidden", [(5,), (5, 4), (5, 4, 3)])
+def test_a_field_with_a_context_keeps_it(hidden):
+    net = MLP if len(hidden) > 2 else BilinearMLP
+    field = learned_end_time(net(2, hidden, context=3), 1.3)
+    flow = Flow(2, context=3, field=field, rtol=1e-8, atol=1e-8).double()
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    x, context = torch.randn(4, 2, dtype=F64), torch.randn(4, 3, dtype=F64)
+    assert torch.allclose(flow.decode(flow.encode(x, context), context), x, atol=1e-4)
+    assert not torch.allclose(flow.log_prob(x, context), flow.log_prob(x, -context), atol=1e-3)
+    MaximumLikelihood(flow)(x, context).backward()
+    assert all(p.grad is not None for p in flow.parameters())

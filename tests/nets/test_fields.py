@@ -13,10 +13,14 @@ import torch
 from torch import nn
 
 from cnf import nets
+from cnf.flow.continuous import Solver, move_with_logdet
 from cnf.flow.divergence import ClosedForm, Hutchinson, Tangents, push
 from cnf.flow.flow import Flow
 from cnf.flow.objective import FlowMatching, MaximumLikelihood
+from cnf.flow.regularizer import Regularized, Regularizer
 from cnf.nets.conditioning import CONDITIONINGS
+from cnf.ode.control import Adaptive
+from cnf.ode.solution import solve
 
 F64 = torch.float64
 BATCH = 4
@@ -193,6 +197,36 @@ def test_a_flow_of_it_is_invertible_and_has_its_jacobians_determinant(name):
 
 
 @EACH_FIELD
+def test_a_row_alone_shuffled_and_in_a_batch_of_a_thousand_has_one_density(name):
+    flow, x = Flow(2, field=made(name, 2)).double(), torch.randn(1000, 2, dtype=F64)
+    order = torch.randperm(1000)
+    with torch.no_grad():
+        together = flow.log_prob(x)
+        assert torch.allclose(flow.log_prob(x[order]), together[order], rtol=0, atol=1e-6)
+        for i in (0, 499, 999):
+            assert torch.allclose(flow.log_prob(x[i]), together[i], rtol=0, atol=1e-6)
+
+
+@EACH_FIELD
+def test_kinetic_energy_and_jacobians_norm_are_their_integrals_by_direct_quadrature(name):
+    field, x, points = made(name, 2), torch.randn(3, 2, dtype=F64), 601
+    both = Regularizer(kinetic=1.0, jacobian=1.0)
+    tight = Solver(control=Adaptive(1e-9, 1e-9, quadrature_atol=1e-8))
+    moved = move_with_logdet(field, Regularized(Tangents(), both), x, (1.0, 0.0), tight)
+    t = torch.linspace(1, 0, points, dtype=F64)
+    at = solve(field, x, t, rtol=1e-9, atol=1e-9).y.flatten(0, 1).detach().requires_grad_()
+    velocity = field(t.repeat_interleave(len(x)), at)
+    slopes = [torch.autograd.grad(v.sum(), at, retain_graph=True)[0] for v in velocity.unbind(1)]
+    rates = (0.5 * velocity.square().sum(1), sum(s.square().sum(1) for s in slopes))
+    simpson = torch.ones(points, dtype=F64) / (3 * (points - 1))
+    simpson[1:-1:2] *= 4
+    simpson[2:-1:2] *= 2
+    for found, rate in zip(both.measured(moved.along, -1.0).values(), rates, strict=True):
+        expected = (simpson @ rate.detach().reshape(points, -1)).mean()
+        assert torch.allclose(found, expected, rtol=1e-4)
+
+
+@EACH_FIELD
 def test_it_is_stored_and_copied_with_a_flow(name, tmp_path):
     flow, x = Flow(3, field=made(name)).double(), torch.randn(5, 3, dtype=F64)
     flow.save(tmp_path / "flow.safetensors")
@@ -272,8 +306,6 @@ def test_the_hjb_residual_is_zero_where_points_move_straight():
 
 def test_the_hjb_term_straightens_paths():
     """Trained with the term, points end nearly where their first velocity would take them."""
-    from cnf.flow.regularizer import Regularizer
-
     bends = []
     for weight in (0.0, 5.0):
         torch.manual_seed(1)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import cnf
 from cnf.error import InputError
 from cnf.training import snapshot
 from cnf.training.batches import Shuffled
 from cnf.training.loop import Best, Plan, Progress, Training
 from cnf.training.optimizer import SGD, Adam, Optimizer
-from cnf.training.snapshot import Interval, postponed_signals, read_snapshot, write_snapshot
+from cnf.training.snapshot import Interval, Snapshots, opened, postponed_signals
 
 CPU = torch.device("cpu")
 
@@ -58,12 +62,12 @@ def test_a_resumed_training_ends_bit_for_bit_alike(
     for record in whole:
         records.append(told(record))
         if record.step == stop:
-            write_snapshot(path, whole.state_dict(), CPU)
+            Snapshots(path).write(whole.state_dict(), CPU)
     torch.rand(7)  # what others drew meanwhile does not matter
-    again = begun(optimizer)
-    again.load_state_dict(read_snapshot(path, CPU))
-    assert again.step == stop
-    assert [told(record) for record in again] == records[stop:]
+    again, kept = begun(optimizer), Snapshots(path).read()
+    assert kept.state["step"] == stop
+    follow = Snapshots(path, begun=kept).follow(again, CPU)
+    assert [told(record) for record in follow] == records[stop:]
     for one, other in (
         (whole.module.state_dict().values(), again.module.state_dict().values()),
         (whole.average.weights, again.average.weights),
@@ -95,40 +99,103 @@ def test_batches_without_a_place_are_left_alone() -> None:
 # the file -----------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def snapshots(tmp_path: Path) -> Snapshots:
+    """Two of them, of steps 1 and 2."""
+    found = Snapshots(tmp_path / "s.pt")
+    for step in (1, 2):
+        found.write({"step": step}, CPU)
+    return found
+
+
 def test_the_random_state_comes_back(tmp_path: Path) -> None:
-    write_snapshot(tmp_path / "s.pt", {}, CPU)
+    Snapshots(tmp_path / "s.pt").write({}, CPU)
     expected = torch.rand(5)
-    read_snapshot(tmp_path / "s.pt", CPU)
+    Snapshots(tmp_path / "s.pt").read().restore_random(CPU)
     assert torch.equal(torch.rand(5), expected)
 
 
-def test_a_snapshot_is_whole_or_the_one_before(tmp_path: Path, monkeypatch) -> None:
-    path = tmp_path / "s.pt"
-    write_snapshot(path, {"step": 1}, CPU)
+def test_there_are_two_of_them_and_no_more(snapshots: Snapshots) -> None:
+    snapshots.write({"step": 3}, CPU)
+    assert {path.name for path in snapshots.path.parent.iterdir()} == {"s.pt", "s-before.pt"}
+    assert snapshots.read().state == {"step": 3}
+    assert Snapshots(snapshots.before).read().state == {"step": 2}
+    snapshots.remove()
+    assert not any(snapshots.path.parent.iterdir()) and not snapshots.exist
 
-    def full(descriptor: int) -> None:
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_snapshot_is_whole_or_the_one_before(
+    failing: str, snapshots: Snapshots, monkeypatch
+) -> None:
+    before = {path: path.read_bytes() for path in snapshots.path.parent.iterdir()}
+
+    def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_snapshot(path, {"step": 2}, CPU)
-    assert read_snapshot(path, CPU) == {"step": 1}
-    assert [file.name for file in tmp_path.iterdir()] == ["s.pt"]
+    monkeypatch.setattr(os, failing, full)
+    with pytest.raises(OSError, match=r"No space left on device; what was there .* is kept"):
+        snapshots.write({"step": 3}, CPU)
+    assert {path: path.read_bytes() for path in snapshots.path.parent.iterdir()} == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits on the size of files")
+def test_a_disk_that_fills_up_in_the_middle_leaves_what_was_there(snapshots: Snapshots) -> None:
+    code = (
+        "import resource, signal, torch\n"
+        "from pathlib import Path\n"
+        "from cnf.training.snapshot import Snapshots\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        f"path = Path({str(snapshots.path)!r})\n"
+        "state = {'step': 3, 'weights': torch.zeros(100_000)}\n"
+        "Snapshots(path).write(state, torch.device('cpu'))"
+    )
+    here = {**os.environ, "PYTHONPATH": str(Path(cnf.__file__).parents[1])}
+    run = subprocess.run([sys.executable, "-c", code], env=here, capture_output=True, text=True)
+    assert run.returncode == 1 and "File too large; what was there" in run.stderr
+    assert {path.name for path in snapshots.path.parent.iterdir()} == {"s.pt", "s-before.pt"}
+    assert snapshots.read().state == {"step": 2}
+
+
+def harmed(content: bytes) -> list[bytes]:
+    flipped = bytearray(content)
+    flipped[-300] ^= 1
+    return [b"", content[:100], content[:-1], bytes(flipped), b"PK" + content[2:], b"no snapshot"]
+
+
+@pytest.mark.parametrize("way", range(6))
+def test_a_damaged_newest_gives_way_to_the_one_before(way: int, snapshots: Snapshots) -> None:
+    snapshots.path.write_bytes(harmed(snapshots.path.read_bytes())[way])
+    kept = snapshots.read()
+    assert kept.state == {"step": 1}
+    assert kept.warning == f"{snapshots.path} is damaged; going on from the one before it"
+    with pytest.warns(UserWarning, match="is damaged; going on from the one before it"):
+        found = opened(snapshots.path)
+    assert found is not None and found.begun is not None and found.begun.state == {"step": 1}
+    snapshots.before.write_bytes(b"no snapshot")
+    with pytest.raises(InputError, match="and the snapshot before it are damaged"):
+        snapshots.read()
+
+
+def test_a_newest_that_is_not_there_yet_is_the_one_before(snapshots: Snapshots) -> None:
+    snapshots.path.unlink()
+    kept = snapshots.read()
+    assert kept.state == {"step": 1} and kept.warning is None
 
 
 def test_damaged_and_missing_snapshots_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "s.pt"
+    found = Snapshots(tmp_path / "s.pt")
     with pytest.raises(InputError, match=r"there is no .*s\.pt to resume from"):
-        read_snapshot(path, CPU)
-    write_snapshot(path, {"step": 1}, CPU)
-    whole = path.read_bytes()
-    for content in (b"", whole[:100], b"PK" + whole[2:-30], b"no zip at all"):
-        path.write_bytes(content)
+        found.read()
+    found.write({"step": 1}, CPU)
+    for content in harmed(found.path.read_bytes()):
+        found.path.write_bytes(content)
         with pytest.raises(InputError, match="is damaged or no snapshot"):
-            read_snapshot(path, CPU)
-    torch.save({"weights": torch.ones(2)}, path)
+            found.read()
+    torch.save({"weights": torch.ones(2)}, found.path)
     with pytest.raises(InputError, match="is damaged or no snapshot"):
-        read_snapshot(path, CPU)
+        found.read()
 
 
 def test_no_code_is_run(tmp_path: Path) -> None:
@@ -136,20 +203,28 @@ def test_no_code_is_run(tmp_path: Path) -> None:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "harm"),)
 
-    torch.save({"format": 1, "random": {}, "state": Harm()}, tmp_path / "s.pt")
-    (tmp_path / "p.pt").write_bytes(pickle.dumps(Harm(), protocol=2))
-    for name in ("s.pt", "p.pt"):
+    content = io.BytesIO()
+    torch.save({"random": {}, "state": Harm()}, content)
+    bare, pickled = content.getvalue(), pickle.dumps(Harm(), protocol=2)
+    for made in (bare, snapshot._sealed(bare), pickled, snapshot._sealed(pickled)):
+        (tmp_path / "s.pt").write_bytes(made)
         with pytest.raises(InputError, match="is damaged or no snapshot"):
-            read_snapshot(tmp_path / name, CPU)
+            Snapshots(tmp_path / "s.pt").read()
     assert not (tmp_path / "harm").exists()
 
 
-def test_another_format_is_named(tmp_path: Path, monkeypatch) -> None:
+def test_another_format_is_named(snapshots: Snapshots, monkeypatch) -> None:
     monkeypatch.setattr(snapshot, "FORMAT", 7)
-    write_snapshot(tmp_path / "s.pt", {}, CPU)
+    snapshots.write({}, CPU)
     monkeypatch.undo()
-    with pytest.raises(InputError, match="has format 7, this version reads format 1"):
-        read_snapshot(tmp_path / "s.pt", CPU)
+    with pytest.raises(InputError, match="has format 7, this version reads format 2 and older"):
+        snapshots.read()
+
+
+def test_the_first_format_is_still_read(tmp_path: Path) -> None:
+    random = {"cpu": torch.get_rng_state()}
+    torch.save({"format": 1, "random": random, "state": {"step": 4}}, tmp_path / "s.pt")
+    assert Snapshots(tmp_path / "s.pt").read().state == {"step": 4}
 
 
 # when ---------------------------------------------------------------------------------------------
@@ -175,3 +250,19 @@ def test_a_signal_waits_for_the_block_and_a_second_does_not(number: signal.Signa
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
     assert signal.getsignal(number) is before
+
+
+def test_snapshots_are_written_when_it_is_time(tmp_path: Path) -> None:
+    """After the first step, at the interval, and at the end; then a signal stops the training."""
+    seen = []
+    found = Snapshots(tmp_path / "s.pt", every=1e9)
+    for record in found.follow(begun(Adam()), CPU):
+        seen.append((record.step, found.read().state["step"] if found.exist else None))
+    assert seen[:3] == [(1, None), (2, 1), (3, 1)] and seen[-1] == (40, 1)
+    assert found.read().state["step"] == 40
+    stopped = Snapshots(tmp_path / "t.pt", every=1e9)
+    with pytest.raises(KeyboardInterrupt):
+        for record in stopped.follow(begun(Adam()), CPU):
+            if record.step == 9:
+                signal.raise_signal(signal.SIGTERM)
+    assert stopped.read().state["step"] == 9
