@@ -47,7 +47,7 @@ def fitted_guide(x: Tensor, y: Tensor, steps: int) -> cnf.Flow:
         pyro.module("flow", flow)
         pyro.sample("weights", flow.dist())
 
-    elbo = pyro.infer.Trace_ELBO(num_particles=32, vectorize_particles=True)
+    elbo = pyro.infer.Trace_ELBO(32, max_plate_nesting=1, vectorize_particles=True)
     optimizer = pyro.optim.ClippedAdam({"lr": 2e-2, "lrd": 0.02 ** (1 / steps)})
     svi = pyro.infer.SVI(model, guide, optimizer, elbo)
     for _ in range(steps):
