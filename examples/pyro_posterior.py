@@ -35,6 +35,7 @@ def exact_posterior(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def fitted_guide(x: Tensor, y: Tensor, steps: int) -> cnf.Flow:
     """A flow over the weights, fitted by stochastic variational inference."""
+    pyro.clear_param_store()  # of an earlier flow of that name
     pyro.set_rng_seed(0)
     flow = cnf.Flow(2, hidden=(32,), seed=0)
 
