@@ -74,7 +74,7 @@ _HOMES = {
     "solve": "cnf.ode.solution",
 }
 
-_ROOMS = ("compat", "data", "nets")
+_ROOMS = ("compat", "data", "nets", "sklearn")
 
 __all__ = [*_HOMES, *_ROOMS]
 

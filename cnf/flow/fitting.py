@@ -237,7 +237,7 @@ class Validation:
     @property
     def digest(self) -> str:
         """Of the rows, by which they are known again."""
-        return hashlib.sha256(self._rows.cpu().numpy().tobytes()).hexdigest()
+        return digest(self._rows)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -250,6 +250,11 @@ class Validation:
         self._most, self.log_prob = state["most"], state["log_prob"]
         if isinstance(self.objective, FlowMatching):
             self.objective.nfe = state["nfe"]
+
+
+def digest(tensor: Tensor) -> str:
+    """Of a tensor's numbers, by which they are known again."""
+    return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
 
 
 def in_parts(rows: Tensor, flow: Any) -> tuple[Tensor, ...]:

@@ -328,6 +328,7 @@ class Flow(Transport):
         lr: float | None = None,
         batch_size: int | None = None,
         validation: float | Any = 0.1,
+        sample_weight: Any = None,
         regularizer: Regularizer | None = None,
         coupling: str | Coupling = "independent",
         callback: Callable[[Progress], None] | None = None,
@@ -343,7 +344,8 @@ class Flow(Transport):
         start, then the second.  What is open of the default field is chosen first, by short trials
         that are judged on the validation rows.  seconds or steps: the budget, by default 50
         seconds; validation: a share of the rows, or rows of their own (with a context a pair of
-        both), on which the best weights are chosen; regularizer: what maximum likelihood adds to
+        both), on which the best weights are chosen; sample_weight: (rows,), from 0 up, how much
+        each row counts, such as how often it was seen; regularizer: what maximum likelihood adds to
         its loss; coupling: of noise and data in flow matching; callback: is given a Progress record
         after every step; progress: a bar on stderr.
         snapshot: a file that keeps where the fit stands, written every minute, on Ctrl-C and
@@ -363,6 +365,7 @@ class Flow(Transport):
             lr=lr,
             batch_size=batch_size,
             validation=validation,
+            sample_weight=sample_weight,
             regularizer=regularizer,
             coupling=coupling,
             callback=callback,

@@ -4,7 +4,6 @@ start, then maximum likelihood.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import warnings
@@ -24,12 +23,12 @@ from cnf.data.rows import HUGE, as_rows, as_table, check_values, quoted, reason
 from cnf.error import InputError, whole_number
 from cnf.flow.batch import Kind, shaped_context
 from cnf.flow.coupling import Coupling
-from cnf.flow.fitting import VALIDATION_ROWS, Fitting, Origin, Validation, in_parts
+from cnf.flow.fitting import VALIDATION_ROWS, Fitting, Origin, Validation, digest, in_parts
 from cnf.flow.objective import FlowMatching, MaximumLikelihood, Trainable
 from cnf.flow.pilot import pilot_plan
 from cnf.flow.regularizer import Regularizer
 from cnf.flow.transform import Support
-from cnf.training.batches import Shuffled
+from cnf.training.batches import Shuffled, resampled
 from cnf.training.loop import Batches, Plan, Progress
 from cnf.training.ranks import current
 from cnf.training.seed import seeded
@@ -43,7 +42,7 @@ BATCH = 2048
 TOLERANCE = 1e-4  # of adaptive steps in training; gradients are exact for the computed solution
 WHITENING_ROWS = 200_000
 LAZY_BYTES = 2**28  # memory maps above this size stay on disk
-LEAST_ROWS = 10
+LEAST_ROWS = 5
 
 
 class Fittable(Trainable, Protocol):
@@ -65,11 +64,18 @@ class Split:
     """Rows to train on, (rows, dim), in memory or mapped, or a law that they are drawn from; and
     rows to validate on.
 
-    Of a conditional flow each row goes on with its context, (rows, dim + context).
+    Of a conditional flow each row goes on with its context, (rows, dim + context).  weights: of the
+    rows to train on, None where all count alike.
     """
 
     training: Tensor | np.ndarray | Distribution
     validation: Tensor
+    weights: Tensor | None = None
+
+    @property
+    def rows(self) -> int | None:
+        """How many rows there are to train on, None for a law."""
+        return None if isinstance(self.training, Distribution) else len(self.training)
 
     def batches(self, size: int, flow: Fittable) -> Batches:
         """A function that gives the next batch at each call."""
@@ -77,8 +83,21 @@ class Split:
             return _Fresh(self.training, size, flow)
         size = min(size, len(self.training))
         if isinstance(self.training, Tensor):
-            return Shuffled(in_parts(self.training, flow), size, device=flow.device)
+            parts = in_parts(self.training, flow)
+            return Shuffled(parts, size, device=flow.device, weights=self.weights)
         return _Drawn(self.training, size, flow)
+
+    def sample(self, flow: Fittable) -> Tensor:
+        """Rows to train on, so many as maps of the data are made from."""
+        if isinstance(self.training, Distribution):
+            return _drawn_rows(self.training, WHITENING_ROWS, flow)
+        rows, count = self.training, min(WHITENING_ROWS, len(self.training))
+        if self.weights is None:
+            # at random: rows that came with validation rows of their own may be sorted
+            chosen = np.sort(np.random.default_rng(0).choice(len(rows), count, replace=False))
+        else:
+            chosen = resampled(self.weights, count).numpy()
+        return as_rows(rows[chosen], flow.dim + flow.context, dtype=flow.dtype)
 
 
 def fit_flow(
@@ -93,6 +112,7 @@ def fit_flow(
     lr: float | None,
     batch_size: int | None,
     validation: float | Any,
+    sample_weight: Any,
     regularizer: Regularizer | None,
     coupling: str | Coupling,
     callback: Callable[[Progress], None] | None,
@@ -118,12 +138,13 @@ def fit_flow(
         _refuse_unused(objectives, plans, method)
         if not any(p.requires_grad for p in flow.parameters()):
             raise InputError("the flow has no parameters to fit; make its field a torch.nn.Module")
-        split = split_rows(x, flow, validation, context)
+        split = split_rows(x, flow, validation, context, sample_weight)
         if flow.whitens and not flow.whitening.is_fitted and origin.is_new:
-            flow.whiten(*in_parts(_sample_of(split.training, flow), flow))
+            flow.whiten(*in_parts(split.sample(flow), flow))
         current().give(flow)
         score = Validation(flow, split.validation)
-        origin.add({"rows": len(split.training), "data": score.digest})
+        weights = None if split.weights is None else digest(split.weights)
+        origin.add({"rows": split.rows, "data": score.digest, "weights": weights})
         fitting = Fitting(flow, plans, objectives, split.batches(batch_size, flow), score, origin)
         records = iter(fitting) if snapshots is None else snapshots.follow(fitting, flow.device)
         try:
@@ -243,11 +264,14 @@ def _takes_batched_times(flow: Any) -> bool:
         return False
 
 
-def split_rows(x: Any, flow: Fittable, validation: float | Any, context: Any = None) -> Split:
+def split_rows(
+    x: Any, flow: Fittable, validation: float | Any, context: Any = None, sample_weight: Any = None
+) -> Split:
     """Training and validation rows, on the CPU, drawn with torch's generator.
 
     context: one for each row, where the flow takes any; validation is then a share, or a pair of
-    rows and contexts.
+    rows and contexts; sample_weight: one for each row, in the training and in a share of them that
+    validates.
     """
     if isinstance(x, Distribution):
         return _split_law(x, flow, validation, context)
@@ -262,12 +286,16 @@ def split_rows(x: Any, flow: Fittable, validation: float | Any, context: Any = N
     if lazy:  # one look at every row now, rather than a failure in the middle
         check_values(as_table(x, "x"), "x", HUGE, [str(i) for i in range(flow.dim)])
     rows = x if lazy else as_rows(x, width, dtype=flow.dtype).detach().cpu()
+    weights = _checked_weights(sample_weight, len(rows), lazy)
+    if weights is not None:
+        rows, weights = rows[weights > 0], weights[weights > 0]
+        weights = None if bool((weights == weights[0]).all()) else weights
     if isinstance(rows, Tensor):
         flow.support.refuse_outside(rows[:, : flow.dim])
     if len(rows) < LEAST_ROWS:
         raise InputError(f"x has {len(rows)} rows; a density needs at least {LEAST_ROWS}")
     if not _is_share(validation):
-        return Split(rows, _own_validation(validation, width, flow))
+        return Split(rows, _own_validation(validation, width, flow), weights)
     share = float(validation)
     count = max(2, round(share * len(rows)))
     if len(rows) - count < LEAST_ROWS // 2:
@@ -279,7 +307,33 @@ def split_rows(x: Any, flow: Fittable, validation: float | Any, context: Any = N
         chosen = torch.randint(len(rows), (min(count, VALIDATION_ROWS),))
         return Split(rows, as_rows(rows[chosen.sort().values.numpy()], flow.dim, dtype=flow.dtype))
     order = torch.randperm(len(rows))
-    return Split(rows[order[count:]], rows[order[:count]])
+    if weights is None:
+        return Split(rows[order[count:]], rows[order[:count]])
+    weights = weights[order]
+    judges = order[:count][resampled(weights[:count], count)]
+    return Split(rows[order[count:]], rows[judges], weights[count:])
+
+
+def _checked_weights(given: Any, rows: int, lazy: bool) -> Tensor | None:
+    """Weights of rows, float64; raises InputError for what cannot be any."""
+    if given is None:
+        return None
+    if lazy:
+        raise InputError(
+            "sample_weight needs rows in memory, and x is a large memory map; load it with "
+            "numpy.asarray(x), or draw rows by their weight"
+        )
+    weights = as_rows(given, 1, name="sample_weight", dtype=torch.float64).detach().cpu().squeeze(1)
+    if len(weights) != rows:
+        raise InputError(f"sample_weight has {len(weights)} entries, but x has {rows} rows")
+    least = weights.min().item() if rows else 1.0
+    if least < 0:
+        raise InputError(
+            f"sample_weight[{int(weights.argmin())}] is {least:g}; a weight must be 0 or more"
+        )
+    if not weights.any() and rows:
+        raise InputError("every sample_weight is zero; give some rows a weight above zero")
+    return weights
 
 
 def _is_share(validation: Any) -> bool:
@@ -360,19 +414,12 @@ class _Fresh:
     """Batches that a law draws anew, so that no row is ever seen twice."""
 
     def __init__(self, law: Distribution, size: int, flow: Fittable) -> None:
-        self._law, self._size, self._flow = law, size, flow
+        self._law, self._flow, self._ranks = law, flow, current()
+        self._size = self._ranks.batch_size(size)
 
     def __call__(self) -> Tensor:
-        return _drawn_rows(self._law, self._size, self._flow).to(self._flow.device)
-
-
-def _sample_of(rows: Tensor | np.ndarray | Distribution, flow: Fittable) -> Tensor:
-    if isinstance(rows, Distribution):
-        return _drawn_rows(rows, WHITENING_ROWS, flow)
-    count = min(WHITENING_ROWS, len(rows))
-    # at random: rows that came with validation rows of their own may be sorted
-    chosen = np.sort(np.random.default_rng(0).choice(len(rows), count, replace=False))
-    return as_rows(rows[chosen], flow.dim + flow.context, dtype=flow.dtype)
+        rows = _drawn_rows(self._law, self._size, self._flow)
+        return rows[self._ranks.share(self._size)].to(self._flow.device)
 
 
 def follow(

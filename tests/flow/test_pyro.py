@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import runpy
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,14 +15,6 @@ from cnf.flow.flow import Flow
 
 pyro = pytest.importorskip("pyro")
 dist = pytest.importorskip("pyro.distributions")
-EXAMPLE = Path(__file__).parents[2] / "examples" / "pyro_posterior.py"
-
-
-@pytest.fixture(scope="module")
-def example() -> dict[str, Any]:
-    if not EXAMPLE.is_file():
-        pytest.skip("the examples are not part of the package")
-    return runpy.run_path(str(EXAMPLE))
 
 
 @pytest.fixture(autouse=True)
@@ -63,21 +52,6 @@ def test_without_pyro_it_is_torch_s_and_pyro_is_not_loaded():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["FlowDistribution", "False"]
-
-
-def test_a_flow_as_the_guide_finds_the_posterior_of_a_regression(example):
-    x, y = example["regression"]()
-    mean, covariance = example["exact_posterior"](x, y)
-    flow = example["fitted_guide"](x, y, steps=250)
-    draws = flow.sample(4000, seed=1)
-    spread = covariance.diagonal().sqrt()
-    assert ((draws.mean(0) - mean).abs() < 0.15 * spread).all()
-    assert ((draws.std(0) / spread - 1).abs() < 0.15).all()
-    correlation = torch.corrcoef(draws.T)[0, 1]
-    assert abs(correlation - covariance[0, 1] / spread.prod()) < 0.1
-    exact = MultivariateNormal(mean, covariance)
-    found, log_q = flow.dist().rsample_and_log_prob((2000,))
-    assert (log_q - exact.log_prob(found)).mean() < 0.03  # KL(q‖p) in nats
 
 
 def test_a_flow_as_the_likelihood_learns_the_data_s_density(flow):
@@ -136,16 +110,3 @@ def test_the_divergence_from_a_normal_is_a_mean_over_draws():
     assert abs(found - exact) < 0.03
     with pytest.raises(NotImplementedError):  # no formula: nothing random under that name
         kl_divergence(flow.dist(), other)
-
-
-def test_the_example_s_posterior_is_that_of_the_normal_equations(example):
-    x, y = example["regression"]()
-    mean, covariance = example["exact_posterior"](x, y)
-    weights = mean.clone().requires_grad_()
-    log_joint = -(weights**2).sum() / 2 - ((y - x @ weights) ** 2).sum() / (
-        2 * example["NOISE"] ** 2
-    )
-    (slope,) = torch.autograd.grad(log_joint, weights)
-    torch.testing.assert_close(slope, torch.zeros(2), atol=1e-3, rtol=0)
-    precision = torch.eye(2) + x.T @ x / example["NOISE"] ** 2
-    torch.testing.assert_close(covariance @ precision, torch.eye(2), atol=1e-4, rtol=0)

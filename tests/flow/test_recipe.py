@@ -379,7 +379,7 @@ def test_a_batch_that_cannot_be_solved_is_skipped():
 @pytest.mark.parametrize(
     "x, said",
     [
-        (banana(9), "x has 9 rows; a density needs at least 10"),
+        (banana(4), "x has 4 rows; a density needs at least 5"),
         (torch.zeros(0, 2), "x is empty"),
         (torch.cat([banana(), torch.full((1, 2), math.nan)]), "NaN or infinite .*row 300"),
         (torch.cat([banana(), torch.tensor([[math.inf, 0.0]])]), "NaN or infinite"),
@@ -524,7 +524,7 @@ def test_a_memory_map_is_looked_through_before_training(mapped):
     bad[77, 1] = np.nan
     for values, said in (
         (bad, "NaN or infinite values in 1 row .*row 77.* column '1'"),
-        (banana(9), "x has 9 rows"),
+        (banana(4), "x has 4 rows"),
         (np.zeros((100, 3)), "x must have 2 columns, got 3"),
         (banana().numpy() + 1j, "complex"),
         (np.full((100, 2), 1e35), "too large"),

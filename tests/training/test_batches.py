@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cnf.training.batches import Shuffled, shifted
+from cnf.training.batches import Shuffled, resampled, shifted
 
 
 def numbered(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,3 +65,22 @@ def test_what_leaves_the_frame_is_filled_with_zeros() -> None:
 def test_no_shift_is_the_same_image() -> None:
     images = torch.rand(3, 1, 4, 4)
     assert torch.equal(shifted(images, 0), images)
+
+
+def test_a_row_comes_up_as_often_as_its_weight_says():
+    weights = torch.tensor([2.0, 1.0, 0.5, 0.5])
+    batches = Shuffled(numbered(4), 4, weights=weights)
+    drawn = torch.cat([batches()[0].flatten() for _ in range(500)])
+    shares = torch.bincount(drawn.long(), minlength=4)[:4] / len(drawn)
+    torch.testing.assert_close(shares, weights / 4, atol=0.02, rtol=0.0)
+
+
+def test_resampling_takes_each_row_as_often_as_its_share_but_for_one():
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(1000, generator=generator) ** 4
+    weights[::3] = 0
+    for offset in (0.0, 0.3, 1 - 1e-9):
+        chosen = resampled(weights, 700, offset)
+        counts = torch.bincount(chosen, minlength=1000)
+        assert (counts - 700 * weights / weights.sum()).abs().max() < 1 + 1e-3
+        assert not counts[weights == 0].any()
