@@ -13,8 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
-from scipy.special import ndtri
 from torch import Tensor, nn
 
 AS_IT_IS, POWER, STEPS = 0, 1, 2
@@ -300,6 +298,8 @@ def _fit_power(column: np.ndarray) -> tuple[float, float, float]:
         change = Power(*torch.tensor([[center], [spread], [exponent]], dtype=torch.float64))
         y, log_slope = change.forward(u)
         return float(y.std(correction=0).log() - log_slope.mean())
+
+    from scipy.optimize import minimize_scalar  # here: slow to load
 
     found = minimize_scalar(cost, bounds=(0.0, 2.0), method="bounded")
     return center, spread, float(found.x)  # type: ignore[attr-defined]
