@@ -272,6 +272,8 @@ def _power_law(seen: np.ndarray, fold: np.ndarray) -> np.ndarray:
 
 
 def _steps_law(bins: int) -> Law:
+    from scipy.special import ndtri  # here: slow to load
+
     def law(seen: np.ndarray, fold: np.ndarray) -> np.ndarray:
         knots, below = _fit_steps(seen, bins)
         width = (knots[-1] - knots[0]) / bins
