@@ -42,7 +42,7 @@ GRADIENTS: dict[str, object] = {
     "checkpoint, stages": cnf.Checkpoint("stages"),
     "checkpoint, steps": cnf.Checkpoint("steps"),
     "checkpoint, sqrt": cnf.Checkpoint("sqrt"),
-    "reversible": cnf.Reversible(every=None, coupling=0.9999),
+    "reversible": cnf.Reversible(),
     "adjoint": cnf.Adjoint(),
 }
 COLORS = ("#c2652d", "#2f6fb5", "#5a93cf", "#3f9b73", "#9061b5", INK)

@@ -112,7 +112,13 @@ FIGURES = {
     ),
     "costs": lambda: plot.cost_figure(
         [{"nfe": n, "error": 1 / n, "seconds": n / 9, "nfe_backward": n + 6} for n in (8, 20)],
-        [(1, 8), (2, 14)],
+        [(1, 8, 14), (2, 14, 20)],
+    ),
+    "adjoint": lambda: plot.adjoint_figure(
+        [0, 1],
+        [[1, 2], [3, 4]],
+        {1: ([0, 1], [[1, 2], [3, 3]])},
+        [{"layers": n, "to_ode": 1 / n, "adjoint": 0.5 / n} for n in (1, 2)],
     ),
     "confusion": lambda: plot.confusion_figure(np.eye(10) * 90 + np.arange(10), "mnist"),
     "confusion of none": lambda: plot.confusion_figure(np.zeros((3, 3)), names=["a", "b", "c"]),

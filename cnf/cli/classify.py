@@ -143,6 +143,7 @@ def _figures(
         "test_error": test.error,
         "test_standard_error": test.standard_error,
         "test_nll": test.nll,
+        "wrong": torch.nonzero(test.predictions != parts.test_labels).flatten().tolist(),
         "validation_error": held.error,
         "nfe": test.nfe,
         "nfe_backward": spent[-1] if spent else None,

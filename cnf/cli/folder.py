@@ -76,6 +76,7 @@ class RunFolder:
             if name != STEPS:  # it holds our claim to the folder, and is emptied below
                 (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / EVENTS, ignore_errors=True)
+        _sweep(self.path)
         Snapshots(self.path / SNAPSHOT).remove()
         self.write_config(config)
         self._steps = FileIO(self.path / STEPS, "w")
@@ -234,8 +235,7 @@ def resumed_folder(out: str) -> Iterator[RunFolder]:
             raise InputError(
                 f"nothing is left to resume in {folder}: {why}; leave --resume out to begin one"
             )
-        for torn in folder.glob(".*.tmp"):  # of a file that was being written
-            torn.unlink(missing_ok=True)
+        _sweep(folder)
         kept = RunFolder(folder)
         stack.callback(kept.close)
         yield kept
@@ -296,7 +296,7 @@ def _folder_path(out: str) -> Path:
 def _claim(wanted: Path, overwrite: bool, made: list[Path]) -> Path:
     """The folder that is now ours; made: gets the paths to remove if it comes to nothing."""
     if overwrite and wanted.is_dir():
-        names = {path.name for path in wanted.iterdir()}
+        names = {path.name for path in wanted.iterdir()} - {path.name for path in _torn(wanted)}
         if CONFIG not in names and names - {STEPS, LOCK}:  # these a run leaves that never began
             raise InputError(f"{wanted} holds other files and no run; choose another --out")
         return wanted
@@ -317,6 +317,16 @@ def _claims(path: Path, made: list[Path]) -> bool:
         return False
     made.insert(0, path / STEPS)
     return True
+
+
+def _torn(folder: Path) -> list[Path]:
+    """What is left of files that were being written when a process was killed."""
+    return list(folder.glob(".*.tmp"))
+
+
+def _sweep(folder: Path) -> None:
+    for path in _torn(folder):
+        path.unlink(missing_ok=True)
 
 
 def _remove(made: list[Path]) -> None:

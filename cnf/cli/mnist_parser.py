@@ -88,42 +88,60 @@ Measure here what Chen et al. 2018 showed: a table or a figure, with the numbers
 
   fig2     Euler's polygon beside the exact solution, and better methods
   fig3     what accuracy costs in a trained ODE-Net: evaluations, time, the adjoint's evaluations
-  table1   test errors of the ODE-Net and of the nets that it is compared with, over seeds
+  table1   test errors over seeds, sizes, memory and time of the ODE-Net and of the nets that it
+           is compared with
   fig4     planar normalizing flows of depth 2, 8, 32 against planar continuous flows of that
            width, by reverse KL to four densities
   fig5     two circles and two moons, densities and samples over time
+  adjoint  a(t) of an ODE beside the chain rule through residual layers (equations 4 to 6)
 
 --quick takes small nets, 8 x 8 digits and few steps, a few minutes at most; else the nets are the
-paper's, and table1 trains for hours: each net has a run folder in --out, and the command goes on
-where it stopped.
+paper's, and table1 trains for hours: each training has a run folder in --out, and the command goes
+on where it stopped.  Rows may be trained side by side, with --train-only; --no-training tells what
+is finished, and measures memory and time.
 """
 
 REPRODUCE_EXAMPLES = """\
 examples:
   cnf reproduce fig2
   cnf reproduce fig3 --quick
+  cnf reproduce fig3 --run runs/table1/odenet-adjoint-0
   cnf reproduce fig4 --quick
   cnf reproduce table1 --quick --seeds 2
-  cnf reproduce table1 --rows resnet,odenet-checkpoint --epochs 10 --out runs/table1
+  cnf reproduce table1 --rows resnet,odenet-checkpoint --seeds 3
+  cnf reproduce table1 --rows resnet --seed 1 --train-only --threads 1
+  cnf reproduce table1 --no-training
 """
 
 
 def add_reproduce_arguments(verb: Any) -> None:
     """Add the arguments of `cnf reproduce` to its parser."""
-    figures = ("table1", "fig2", "fig3", "fig4", "fig5")
+    figures = ("table1", "fig2", "fig3", "fig4", "fig5", "adjoint")
     verb.add_argument("what", metavar="WHAT", choices=figures)
-    verb.add_argument("--seed", metavar="K", type=seed, default=0, help="of fig4 and fig5 (0)")
+    verb.add_argument(
+        "--seed", metavar="K", type=seed, default=0,
+        help="of fig4, fig5 and adjoint; the first of table1 (0)",
+    )  # fmt: skip
     verb.add_argument("--quick", action="store_true", help="small, in a minute or two")
     verb.add_argument("--out", metavar="FOLDER", help="where the results go (runs/WHAT)")
     verb.add_argument("--dataset", choices=DATASETS, help="which images (mnist)")
     verb.add_argument("--data", metavar="FOLDER", help="the folder that holds the IDX files")
-    verb.add_argument("--epochs", metavar="N", type=count, help="times through the images (10)")
+    verb.add_argument("--epochs", metavar="N", type=count, help="times through the images (8)")
     verb.add_argument(
         "--seeds", metavar="N", type=count, default=1, help="trainings of each row of table1 (1)"
     )
     verb.add_argument(
         "--rows", metavar="A,B", type=names, help="rows of table1, such as resnet,odenet-adjoint"
     )
+    training = verb.add_mutually_exclusive_group()
+    training.add_argument(
+        "--train-only", action="store_true", help="measure no memory and time for table1"
+    )
+    training.add_argument(
+        "--no-training", action="store_true", help="take what is finished for table1"
+    )
+    verb.add_argument("--run", metavar="RUN", help="the trained ODE-Net for fig3")
+    verb.add_argument("--threads", metavar="N", type=count, help="of torch on the CPU")
     verb.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
     verb.add_argument("--quiet", action="store_true", help="no progress, nothing but warnings")
     device_argument(verb)

@@ -18,7 +18,7 @@ from cnf.data.digits import LEVELS, SHAPE, dequantize, load_digits
 from cnf.data.rows import constant_columns, listed, repeated_columns
 from cnf.data.table import Table, read_table
 from cnf.error import InputError
-from cnf.flow.recipe import LAZY_BYTES, LEAST_ROWS
+from cnf.flow.split import LAZY_BYTES, LEAST_ROWS
 from cnf.training.seed import seeded
 
 NAMES = (*TOY_NAMES, "digits")

@@ -19,7 +19,7 @@ from cnf.plot.paper import (
     Extent,
     save_figure,
 )
-from cnf.plot.solver import cost_figure, polygon_figure
+from cnf.plot.solver import adjoint_figure, cost_figure, polygon_figure
 from cnf.plot.tradeoff import tradeoff_figure
 from cnf.plot.training import classifier_figure, training_figure
 
@@ -31,6 +31,7 @@ __all__ = [
     "MODEL",
     "QUIET",
     "Extent",
+    "adjoint_figure",
     "cell_centres",
     "classifier_figure",
     "comparison_figure",

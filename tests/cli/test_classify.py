@@ -90,6 +90,7 @@ def test_figures_are_those_of_the_stored_net(finished: Path) -> None:
     test = judge(net, parts.test_images, parts.test_labels)
     assert figures["test_error"] == test.error
     assert figures["confusion"] == test.confusion.tolist()
+    assert figures["wrong"] == (test.predictions != parts.test_labels).nonzero()[:, 0].tolist()
     assert sum(map(sum, figures["confusion"])) == figures["rows"]["test"] == 270
     assert figures["nfe"] == figures["nfe_backward"] == 2
     assert figures["solvers"].keys() == SOLVERS.keys()
@@ -224,7 +225,7 @@ def test_a_run_that_was_killed_ends_bit_for_bit_alike(tmp_path: Path) -> None:
     run = subprocess.Popen(
         command("killed", "--save-every", "0.01"), cwd=tmp_path, env=here, stderr=subprocess.PIPE
     )
-    steps, end = tmp_path / "killed" / folder.STEPS, time.monotonic() + 60
+    steps, end = tmp_path / "killed" / folder.STEPS, time.monotonic() + 600
     while run.poll() is None and time.monotonic() < end:
         if steps.exists() and steps.read_text().count("\n") > 20:
             break

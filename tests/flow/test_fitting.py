@@ -247,7 +247,7 @@ def test_a_damaged_snapshot_gives_way_to_the_one_before(kept: Path) -> None:
 
 
 def test_a_memory_map_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cnf.flow.recipe.LAZY_BYTES", 100)
+    monkeypatch.setattr("cnf.flow.split.LAZY_BYTES", 100)
     np.save(tmp_path / "x.npy", rows().numpy())
     x = np.load(tmp_path / "x.npy", mmap_mode="r")
     flows = [new("closed") for _ in range(3)]

@@ -19,9 +19,9 @@ from torch.distributions import Independent, StudentT
 import cnf
 from cnf.data.density import toy
 from cnf.error import InputError, IntegrationError
-from cnf.flow import fitting, recipe
+from cnf.flow import fitting
 from cnf.flow.flow import Flow
-from cnf.flow.recipe import split_rows
+from cnf.flow.split import split_rows
 from cnf.training.loop import Progress, TrainingError
 
 F64 = torch.float64
@@ -437,7 +437,7 @@ def test_sorted_rows_of_ones_own_are_looked_at_from_end_to_end(monkeypatch):
 
 
 def test_sorted_rows_are_whitened_as_a_whole(monkeypatch):
-    monkeypatch.setattr(recipe, "WHITENING_ROWS", 200)
+    monkeypatch.setattr("cnf.flow.split.WHITENING_ROWS", 200)
     x = banana(2000)[:, :2].sort(0).values + 0.01 * torch.randn(2000, 2)
     flow = fit(tiny(marginals=None), x, validation=banana(20), steps=1)
     assert torch.allclose(flow.whitening.mean, x.mean(0), atol=0.8)
@@ -490,7 +490,7 @@ def test_any_batch_size_serves(batch_size):
 @pytest.fixture
 def mapped(tmp_path, monkeypatch):
     """Makes a memory map that counts as too large for memory."""
-    monkeypatch.setattr(recipe, "LAZY_BYTES", 0)
+    monkeypatch.setattr("cnf.flow.split.LAZY_BYTES", 0)
 
     def make(values):
         np.save(tmp_path / "x.npy", np.asarray(values))
@@ -515,7 +515,7 @@ def test_columns_of_a_memory_map_may_be_chosen(mapped):
 
 
 def test_a_small_memory_map_is_read_whole(mapped, monkeypatch):
-    monkeypatch.setattr(recipe, "LAZY_BYTES", 2**28)
+    monkeypatch.setattr("cnf.flow.split.LAZY_BYTES", 2**28)
     assert equal(weights(fit(x=mapped(banana()))), weights(fit()))
 
 

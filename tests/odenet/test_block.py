@@ -83,28 +83,30 @@ def residual_net(field: Field, y: Tensor, layers: int) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint"])
+ANEW = cnf.Reversible(every=1)  # whose second state never lags behind the first
+
+
+@pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint", ANEW])
 @pytest.mark.parametrize("layers", [1, 6])
-def test_euler_of_step_one_is_a_residual_net_of_shared_weights(gradient: str, layers: int) -> None:
+def test_euler_of_step_one_is_a_residual_net_of_shared_weights(gradient, layers: int) -> None:
     field = Field()
     block = ODEBlock(field, (0.0, layers), method="euler", step_size=1.0, gradient=gradient)
     y = some()
     assert torch.allclose(block(y), residual_net(field, y, layers), rtol=1e-13, atol=1e-13)
     assert block.stats is not None
-    assert block.stats.nfe == layers + (gradient == "backprop")  # which looks at the field first
+    spent = 2 * layers if gradient is ANEW else layers
+    looks = gradient == "backprop"  # at the field, first
+    assert spent + looks <= block.stats.nfe <= spent + looks + (layers if gradient is ANEW else 0)
 
 
 def test_a_reversible_step_of_euler_is_a_residual_layer() -> None:
     field, y = Field(), some()
-    with torch.no_grad():
-        for parameter in field.parameters():
-            parameter.mul_(0.02)  # the coupling's two states stay together
     block = ODEBlock(field, method="euler", step_size=1.0, gradient="reversible")
     assert torch.allclose(block(y), residual_net(field, y, 1), rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("gradient", ["backprop", "checkpoint"])
-def test_its_gradients_are_the_residual_nets(gradient: str) -> None:
+@pytest.mark.parametrize("gradient", ["backprop", "checkpoint", ANEW])
+def test_its_gradients_are_the_residual_nets(gradient) -> None:
     field, y = Field(), some().requires_grad_()
     leaves = (y, *field.parameters())
     block = ODEBlock(field, (0.0, 6.0), method="euler", step_size=1.0, gradient=gradient)

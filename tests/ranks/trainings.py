@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cnf.error import IntegrationError
-from cnf.flow import recipe
+from cnf.flow import split
 from cnf.flow.coupling import OptimalTransport
 from cnf.flow.divergence import Hutchinson
 from cnf.flow.flow import Flow
@@ -77,13 +77,13 @@ def mapped(folder: Path) -> Callable[[], Tensor]:
     def training() -> Tensor:
         path = folder / f"rows-{here().rank}.npy"
         np.save(path, rows().numpy()[:, :2])
-        kept, recipe.LAZY_BYTES = recipe.LAZY_BYTES, 0
+        kept, split.LAZY_BYTES = split.LAZY_BYTES, 0
         try:
             x = np.load(path, mmap_mode="r")
             fit = {"steps": 8, "batch_size": 64, "seed": 3, "progress": False}
             return weights(flow().fit(x, **fit))
         finally:
-            recipe.LAZY_BYTES = kept
+            split.LAZY_BYTES = kept
 
     return training
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from cnf.error import InputError
 from cnf.ode.field import Evaluation, alias
-from cnf.ode.gradient.augmented import Augmented, going_back, unit_sized, way_back
+from cnf.ode.gradient.augmented import Augmented, going_back, sized, way_back
 from cnf.ode.gradient.higher import only_once
 from cnf.ode.gradient.problem import (
     Job,
@@ -41,6 +42,11 @@ class Adjoint:
     part in the choice of steps.  Memory: the states at the output times and one evaluation's graph.
     interpolate: read the state off the forward solution, one state kept for each step, instead of
     solving it back: for fields whose solution cannot be followed backward.
+    size: what the absolute tolerance takes the adjoint's size for.  The equation is linear, so that
+    any will do: 1 asks of the adjoint what is asked of the state.  At 0.01 its error may be a
+    hundred absolute tolerances, of its own size; that is where steps are best spent on nets with
+    kinks, along whose solutions the adjoint jumps and the state does not.  None is 0.01, and 1 with
+    interpolate, where the adjoint alone chooses the steps.
     Not exact for the computed solution: the error is of the order of the tolerance.
     Where it is differentiated again, the adjoint equation is solved with its own adjoint, in memory
     that depends on the steps no more; not with interpolate=True or steps of each row.
@@ -48,6 +54,17 @@ class Adjoint:
     """
 
     interpolate: bool = False
+    size: float | None = None
+
+    def __post_init__(self) -> None:
+        known = self.size is None or isinstance(self.size, float | int)
+        if not known or not (self.size is None or 0 < self.size < math.inf):
+            raise InputError(f"size must be a number > 0 or None, got {self.size!r}")
+
+    @property
+    def unit(self) -> float:
+        """The size that the adjoint is solved for."""
+        return self.size or (1.0 if self.interpolate else 0.01)
 
     def solve(
         self, problem: Problem, field: TensorField, y: Leaves, first: Evaluation, stats: Stats
@@ -158,7 +175,7 @@ class _Back:
         self, span: tuple[Any, Any], y: Leaves, a: list[Tensor], c: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """The adjoint at the start of one interval, and the named tensors' gradients over it."""
-        scale, units = unit_sized((*a, *c), rms)
+        scale, units = sized((*a, *c), rms, self.job.settings.unit)
         c = units[len(y) :]
         known = _Interpolated(self.job, self.field, self.knots) if self.knots else None
         start = (*(() if known else y), *units[: len(y)])

@@ -124,16 +124,16 @@ def going_back() -> Iterator[None]:
         raise
 
 
-def unit_sized(
-    bars: Sequence[Tensor], norm: Callable[[Tensor], Tensor]
+def sized(
+    bars: Sequence[Tensor], norm: Callable[[Tensor], Tensor], size: float
 ) -> tuple[Tensor, list[Tensor]]:
-    """(scale, cotangents over it): the adjoint equation is linear, and solved for unit size.
+    """(scale, cotangents over it): the adjoint equation is linear, and solved for a given size.
 
     So its tolerance is relative to the gradient.  A scale that is not finite makes every gradient
     NaN when it is multiplied again, and nothing else on the way.
     norm: `rms`, or `row_rms` for a scale of every row.
     """
-    scale = largest([norm(bar.detach()) for bar in bars])
+    scale = largest([norm(bar.detach()) for bar in bars]) / size
     scale = torch.where(scale == 0, 1.0, scale)
     sizes = [across(scale, bar) for bar in bars]
     return scale, [

@@ -25,8 +25,11 @@ from cnf.ode.switching import Switching
 from cnf.ode.trajectory import Steps
 
 Bars = Sequence[Tensor]
-# of the state's size, between the two that should agree; of adaptive steps in rtol as well
-MOST_APART, MOST_TOLERANCES = 0.05, 1000.0
+# what y and z may part by, of the state's size: in adaptive steps 1,000 tolerances, or where these
+# are loose a twentieth or 20 of them; in fixed steps, which may be as coarse as one likes, a half,
+# or ten times what the first step alone parts them by, for each step
+ADAPTIVE_APART, FEW_TOLERANCES, MANY_TOLERANCES = 0.05, 20.0, 1000.0
+FIXED_APART, MOST_STEPS = 0.5, 10.0
 
 
 @dataclass(frozen=True)
@@ -37,20 +40,25 @@ class Reversible:
     with the increment Ψ_h(t, y) of the method's step, y' = ℓ y + (1 − ℓ) z + Ψ_h(t, z) and
     z' = z − Ψ_{−h}(t + h, y').  It has the method's order at twice the evaluations; backward undoes
     the steps one by one.
-    coupling: ℓ, 0 < ℓ ≤ 1: rounding grows backward like ℓ^(−steps), so that it is near 1; every: a
-    number of steps after which z starts anew from y, at the price of one kept pair each time, or
-    None.  Where the solution contracts, y and z part as time goes on; once they have, the solve
-    raises IntegrationError: over a long time take every=, a smaller coupling, or "checkpoint".
+    Where the solution contracts like e^(−λt), y and z part like e^(λt), and ℓ pulls them together:
+    over the whole time by the product of all ℓ, by whose inverse rounding grows backward.
+    coupling: ℓ, 0 < ℓ ≤ 1, of every step; None chooses it by the step's length, so that rounding
+    grows to its own two thirds' power in all (2e-5 in single precision, 4e-11 in double) and
+    contractions of up to e^5 and e^12 part nothing; every: a number of steps after which z starts
+    anew from y, at the price of one kept pair each time, or None.
+    Raises IntegrationError where y and z have parted by more than their steps explain: take every=,
+    a smaller coupling, or "checkpoint".
     Source: McCallum & Foster 2024, Efficient, accurate and stable gradients for neural ODEs.
     """
 
-    coupling: float = 0.999
+    coupling: float | None = None
     every: int | None = None
     changes_solution: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.coupling, float | int) and 0 < self.coupling <= 1):
-            raise InputError(f"coupling must be a number in (0, 1], got {self.coupling!r}")
+        known = self.coupling is None or isinstance(self.coupling, float | int)
+        if not known or not (self.coupling is None or 0 < self.coupling <= 1):
+            raise InputError(f"coupling must be a number in (0, 1] or None, got {self.coupling!r}")
         if self.every is not None:
             whole_number("every", self.every, 1)
 
@@ -71,16 +79,26 @@ class Reversible:
             )
         return solved_by(_Undone, self, problem, field, y, first, stats)
 
+    def coupling_of(self, h: float, span: float, y: Leaves) -> float:
+        """ℓ of a step of length h on a way of length `span`."""
+        if self.coupling is not None:
+            return self.coupling
+        rounding = max(torch.finfo(leaf.dtype).eps for leaf in y)
+        share = abs(h) / span if self.every is None else 1 / self.every
+        return rounding ** (share / 3)
+
 
 @dataclass(frozen=True)
 class Coupled:
     """Steps of a method on (y, z), leaf after leaf, that can be undone.
 
-    record: the accepted steps so far, by which z starts anew in time.
+    span: the length of the whole way; record: the accepted steps so far, by which z starts anew in
+    time.
     """
 
     method: Method
-    coupling: float
+    settings: Reversible
+    span: float
     record: _Pairs
 
     @property
@@ -99,16 +117,18 @@ class Coupled:
         self, field: Evaluate, t: float, h: float, y: Leaves, first: Evaluation, estimate: bool
     ) -> Step:
         y, z = _halves(y)
-        one = OnOne(field)
+        one, coupling = OnOne(field), self.settings.coupling_of(h, self.span, y)
         if self.record.starts_anew(len(self.record.steps)):
             z, first = y, _twice(one(t, y))
         there = self.method.step(one, t, h, z, _half(first), estimate)
         end = tuple(
-            torch.add(moved, before - at, alpha=self.coupling)
+            torch.add(moved, before - at, alpha=coupling)
             for moved, before, at in zip(there.y, y, z, strict=True)
         )
         back = self.method.step(one, t + h, -h, end, one(t + h, end), False)
         after = tuple(at + (now - moved) for at, now, moved in zip(z, end, back.y, strict=True))
+        if not self.record.steps:  # where both were one
+            self.record.first_apart = _apart(end, after)
         return Step((*end, *after), there.increment, None, there.error * 2, there.increment_error)
 
 
@@ -134,11 +154,14 @@ class OnOne:
 
 
 class _Pairs(list[Accepted]):
-    """The accepted steps at whose beginning z started anew; `steps`: all, without their states."""
+    """The accepted steps at whose beginning z started anew; `steps`: all, without their states;
+    first_apart: by how much the first of them parts y and z, a tensor for each leaf.
+    """
 
     def __init__(self, every: int | None) -> None:
         super().__init__()
         self._every, self.steps = every, Steps()
+        self.first_apart: list[Tensor] = []
 
     def starts_anew(self, i: int) -> bool:
         """Whether z starts anew from y at the beginning of step i."""
@@ -158,11 +181,12 @@ class _Undone(torch.autograd.Function):
         coupled = replace(
             problem,
             field=OnSecond(problem.field),
-            method=Coupled(problem.method, settings.coupling, record),
+            method=Coupled(problem.method, settings, problem.span, record),
         )
         trajectory = integrate(coupled, (*y, *y), job.stats, first=_twice(job.first), keep=record)
         last = trajectory.states[-1]
-        _check_pair(last, coupled, job.stats)
+        if settings.every != 1:  # then no step sees what the last one left apart
+            _check_pair(last, record.first_apart, coupled, job.stats)
         trajectory.states = [_halves(both)[0] for both in trajectory.states]
         job.path.append(trajectory.path)
         ctx.job = job
@@ -254,7 +278,7 @@ class _Undo:
         totals: list[Any],
     ) -> tuple[Leaves, list[Tensor], list[Tensor]]:
         """y before y' = step(z, h) + ℓ (y − z), and the cotangents of y and z."""
-        coupling = self.job.settings.coupling
+        coupling = self.job.settings.coupling_of(h, self.job.problem.span, z)
         start, step = self._step(t, h, z)
         before = tuple(
             at + (now - moved.detach()) / coupling
@@ -283,22 +307,31 @@ def _dense(found: Sequence[Tensor | None], like: Bars) -> list[Tensor]:
     return [torch.zeros_like(bar) if part is None else part for part, bar in pairs]
 
 
-def _check_pair(last: Leaves, problem: Problem, stats: Stats) -> None:
+def _apart(y: Leaves, z: Leaves) -> list[Tensor]:
+    return [torch.linalg.vector_norm(a - b).double() for a, b in zip(y, z, strict=True)]
+
+
+def _check_pair(last: Leaves, first_apart: list[Tensor], problem: Problem, stats: Stats) -> None:
     """Raises IntegrationError where y and z have parted: one device-to-host read."""
     y, z = _halves(last)
-    apart = [torch.linalg.vector_norm(a - b) for a, b in zip(y, z, strict=True)]
-    sizes = [torch.linalg.vector_norm(leaf) for leaf in y]
-    found = torch.stack([x.double() for x in (*apart, *sizes)]).cpu().numpy()
-    distance, size = (float(np.linalg.norm(part)) for part in (found[: len(y)], found[len(y) :]))
-    control, most = problem.control, MOST_APART
+    sizes = [torch.linalg.vector_norm(leaf).double() for leaf in y]
+    found = torch.stack([*_apart(y, z), *sizes, *first_apart]).cpu().numpy()
+    parts = np.split(found, [len(y), 2 * len(y)])
+    distance, size, first = (float(np.linalg.norm(part)) for part in parts)
+    control = problem.control
     if isinstance(control, Adaptive):
-        most = min(most, MOST_TOLERANCES * max(control.rtol, control.atol))
-    if distance > most * size:
-        t = problem.times[-1]
+        tolerance = max(control.rtol, control.atol)
+        coarse = max(ADAPTIVE_APART, FEW_TOLERANCES * tolerance)
+        most = min(MANY_TOLERANCES * tolerance, coarse) * size
+    else:
+        most = max(FIXED_APART * size, MOST_STEPS * stats.accepted * first)
+    if distance > most:
+        t, every = problem.times[-1], min(50, max(1, stats.accepted // 4))
         raise IntegrationError(
             f"the two states of {problem.method.name} have parted by {distance / size:.1%} at "
-            f"t={t:.6g}, after {stats.accepted} steps: try gradient=Reversible(every=50), a "
-            "smaller coupling, smaller steps, or gradient='checkpoint'",
+            f"t={t:.6g}, after {stats.accepted} steps: the solution contracts by more than their "
+            f"coupling makes up for; try gradient=Reversible(every={every}), a smaller coupling, "
+            "or gradient='checkpoint'",
             t=t,
             nfe=stats.calls,
         )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cnf.ode.field import Field
-from cnf.ode.gradient.augmented import Augmented, going_back, unit_sized, way_back
+from cnf.ode.gradient.augmented import Augmented, going_back, sized, way_back
 from cnf.ode.gradient.problem import Job, add_gradients, vjp
 from cnf.ode.integrate import Accepted, Problem, Stats, integrate
 from cnf.ode.state import Leaves, across, row_rms
@@ -30,7 +30,7 @@ def back_through_rows(
 
     states: at the arrivals, (slots, batch, …); cotangents: of these and of the integrals.
     """
-    problem, width = job.problem, job.width
+    width = job.width
     times, states = _in_order(job, states)
     wanted = tuple(x for x in aliases if x.requires_grad)
     bars = [bar[-1] for bar in cotangents]
@@ -39,7 +39,7 @@ def back_through_rows(
         y = tuple(leaf[i] for leaf in states)
         c = bars[width:]
         if np.any(times[i] != times[i - 1]):
-            a = _interval(problem, field, wanted, times[[i, i - 1]], y, bars, totals, job.stats)
+            a = _interval(job, field, wanted, times[[i, i - 1]], y, bars, totals)
         else:
             a = bars[:width]
         bars = [bar + more[i - 1] for bar, more in zip([*a, *c], cotangents, strict=True)]
@@ -73,20 +73,19 @@ def _in_order(job: Job, states: Leaves) -> tuple[np.ndarray, Leaves]:
 
 
 def _interval(
-    problem: Problem,
+    job: Job,
     field: Field,
     wanted: Leaves,
     span: np.ndarray,
     y: Leaves,
     bars: Sequence[Tensor],
     totals: list[Tensor | None],
-    stats: Stats,
 ) -> list[Tensor]:
     """The adjoint at the start of one interval; adds the named tensors' gradients to `totals`."""
-    width = len(y)
-    scale, units = unit_sized(bars, row_rms)
-    augmented = Augmented(field, (), tuple(units[width:]), stats, width, set())
-    adjoint = way_back(problem, augmented, span)
+    width, size = len(y), job.settings.unit
+    scale, units = sized(bars, row_rms, size)
+    augmented = Augmented(field, (), tuple(units[width:]), job.stats, width, set())
+    adjoint = way_back(job.problem, augmented, span)
     quadrature = _Quadrature(adjoint, augmented, wanted, scale, totals)
     with going_back():
         found = integrate(adjoint, (*y, *units[:width]), Stats(), keep=quadrature)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 
 import pytest
@@ -47,6 +48,32 @@ def test_the_gradient_is_exact_to_the_tolerance(gradient, method, tolerance, t):
     got = gradients(gradient, t, method=method, control=control)
     for a, b in zip(got, wanted, strict=True):
         assert torch.allclose(a, b, rtol=30 * tolerance, atol=30 * tolerance)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_a_larger_size_makes_the_adjoint_finer_where_it_jumps(per_sample):
+    y0, weight = torch.randn(6, 8, dtype=F64), torch.randn(8, 8, dtype=F64)
+
+    def kinked(t, y):
+        return torch.relu(y @ weight) - 0.5 * y
+
+    def solved(gradient, tolerance):
+        y = y0.clone().requires_grad_()
+        control = Adaptive(tolerance, tolerance, per_sample=per_sample)
+        sol = solve(kinked, y, (0.0, 1.0), gradient=gradient, control=control)
+        return grad(sol.y[-1].square().sum(), y)[0], sol.stats.nfe_backward
+
+    exact, _ = solved("checkpoint", 1e-9)
+    found = {size: solved(Adjoint(size=size), 1e-3) for size in (1, None)}
+    assert found[1][1] > 1.3 * found[None][1]
+    for by_state, _ in found.values():
+        assert (by_state - exact).norm() < 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize("size", [0.0, -1.0, math.inf, math.nan, "small"])
+def test_a_size_without_a_meaning_is_refused(size):
+    with pytest.raises(InputError, match="size must be a number > 0 or None"):
+        Adjoint(size=size)
 
 
 @EACH_KIND

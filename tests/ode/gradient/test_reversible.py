@@ -108,12 +108,74 @@ def test_over_a_long_time_the_states_part_and_say_so(inputs):
     y0, matrix = inputs
     settings = dict(method="rk4", step_size=0.02)
     with pytest.raises(cnf.IntegrationError, match=r"have parted by .*every=50"):
-        loss_of("reversible", y0, matrix, [0.0, 20.0], **settings)
-    loss, _ = loss_of(cnf.Reversible(every=20), y0, matrix, [0.0, 20.0], **settings)
-    exact = loss_of("checkpoint", y0, matrix, [0.0, 20.0], **settings)[0]
+        loss_of(cnf.Reversible(0.999), y0, matrix, [0.0, 40.0], **settings)
+    loss, _ = loss_of(cnf.Reversible(every=20), y0, matrix, [0.0, 40.0], **settings)
+    exact = loss_of("checkpoint", y0, matrix, [0.0, 40.0], **settings)[0]
     ours, theirs = (torch.autograd.grad(x, (y0, matrix)) for x in (loss, exact))
     for a, b in zip(ours, theirs, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def steep(matrix):
+    return lambda t, y: torch.tanh(4 * y @ matrix) + t - y
+
+
+@pytest.mark.parametrize("settings", [
+    dict(method="euler", step_size=1.0), dict(method="euler", step_size=0.5),
+    dict(method="midpoint", step_size=0.5), dict(method="rk4", step_size=0.5), dict(rtol=1e-2),
+])  # fmt: skip
+def test_coarse_steps_of_a_steep_field_are_taken(settings, inputs):
+    y0, matrix = inputs
+    settings = {"method": "dopri5"} | settings
+    if "rtol" in settings:  # steps are constants: hold them still for the differences
+        record = cnf.solve(steep(matrix), y0, [0.0, 1.0], gradient="reversible", **settings)
+        settings = {"method": "dopri5", "step_size": 1 / record.stats.accepted}
+
+    def value(y):
+        return (
+            cnf.solve(steep(matrix), y, [0.0, 1.0], gradient="reversible", **settings).y[-1].sum()
+        )
+
+    found = torch.autograd.grad(value(y0), y0)[0]
+    differences = finite_differences(lambda y: value(y).detach(), y0.detach())
+    assert torch.allclose(found, differences, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "rate"), [(torch.float32, 5.0), (F64, 12.0)])
+@pytest.mark.parametrize("steps", [dict(method="rk4", step_size=0.02), dict(rtol=1e-4, atol=1e-5)])
+def test_contractions_that_the_coupling_makes_up_for(dtype, rate, steps):
+    y0 = torch.linspace(1, 2, 5, dtype=dtype, requires_grad=True)
+    solution = cnf.solve(lambda t, y: 1 - rate * y, y0, [0.0, 1.0], gradient="reversible", **steps)
+    assert torch.allclose(solution.y[-1], 1 / rate + (y0 - 1 / rate) * math.exp(-rate), rtol=1e-3)
+    solution.y[-1].sum().backward()
+    assert torch.allclose(y0.grad, torch.full_like(y0, math.exp(-rate)), rtol=0.05, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [dict(method="rk4", step_size=0.01), dict(rtol=1e-4, atol=1e-5)])
+def test_a_contraction_beyond_that_names_the_remedy(steps):
+    y0 = torch.ones(3, requires_grad=True)
+
+    def solved(gradient):
+        return cnf.solve(lambda t, y: 1 - 40 * y, y0, [0.0, 1.0], gradient=gradient, **steps).y[-1]
+
+    with pytest.raises(
+        cnf.IntegrationError, match=r"contracts by more .*try gradient=Reversible\("
+    ):
+        solved("reversible")
+    assert torch.allclose(solved(cnf.Reversible(every=2)), torch.full((3,), 1 / 40), rtol=0.01)
+
+
+def test_anew_at_every_step_it_is_the_method_itself(inputs):
+    y0, matrix = inputs
+    settings = dict(method="rk4", step_size=0.25)
+    ours, theirs = (
+        loss_of(gradient, y0, matrix, [0.0, 2.0], **settings)[0]
+        for gradient in (cnf.Reversible(every=1), "backprop")
+    )
+    assert torch.allclose(ours, theirs, rtol=1e-13)
+    found = (torch.autograd.grad(x, (y0, matrix)) for x in (ours, theirs))
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-10)
 
 
 def test_what_starts_anew_is_differentiated_too(inputs):
@@ -179,7 +241,7 @@ def test_evaluations_are_counted():
     assert solution.stats.nfe_backward == 80
 
 
-@pytest.mark.parametrize("coupling", [0.0, -1.0, 1.5, "half", None])
+@pytest.mark.parametrize("coupling", [0.0, -1.0, 1.5, "half", math.nan])
 def test_a_coupling_without_a_meaning_is_refused(coupling):
     with pytest.raises(cnf.InputError, match="coupling must be a number in"):
         cnf.Reversible(coupling)
