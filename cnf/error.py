@@ -25,6 +25,10 @@ def whole_number(name: str, value: Any, least: int) -> int:
     return number
 
 
+class InstallationError(RuntimeError):
+    """What is installed on this machine does not work as it should."""
+
+
 class TrainingError(RuntimeError):
     """Training could not go on; the weights are the best found so far."""
 

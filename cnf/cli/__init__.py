@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cnf import __version__
 from cnf.cli.parser import parse
-from cnf.error import InputError, IntegrationError, TrainingError
+from cnf.error import InputError, InstallationError, IntegrationError, TrainingError
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 WRONG_PLACE = (
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(argv)
     except InputError as error:
         return _fail(WRONG_INPUT, error)
-    except (IntegrationError, TrainingError) as error:
+    except (InstallationError, IntegrationError, TrainingError) as error:
         return _fail(FAILED, error)
     except KeyboardInterrupt as interrupt:
         return _fail(INTERRUPTED, "; ".join(["interrupted", *map(str, interrupt.args)]))

@@ -29,6 +29,13 @@ def device_argument(verb: Any) -> None:
     verb.add_argument("--device", metavar="NAME", default="cpu", help="cpu, cuda, mps (cpu)")
 
 
+def board_argument(place: Any) -> None:
+    """Add --tensorboard."""
+    place.add_argument(
+        "--tensorboard", action="store_true", help="curves for TensorBoard as well, in RUN"
+    )
+
+
 def again_arguments(place: Any) -> None:
     """Add --overwrite and --resume: what becomes of a run that is there already."""
     again = place.add_mutually_exclusive_group()
@@ -58,6 +65,7 @@ def place_arguments(task: Any, out: str) -> None:
     place.add_argument("--out", metavar="RUN", help=f"the run folder (default: {out})")
     again_arguments(place)
     place.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    board_argument(place)
     place.add_argument("--quiet", action="store_true", help="no progress, nothing but warnings")
 
 

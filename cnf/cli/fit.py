@@ -52,6 +52,8 @@ def run(arguments: Namespace) -> None:
     source = _source(arguments)
     flow = _flow(source, arguments).to(device)
     with _folder(arguments, source) as folder:
+        if arguments.tensorboard:
+            folder.show_on_board()
         snapshots = snapshots_of(folder, arguments)
         history = _train(flow, source, arguments, folder, snapshots)
         if not here().is_first:

@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from cnf import __version__
+from cnf.cli.board import Board
 from cnf.cli.lock import LOCK, is_locked, locked
 from cnf.error import InputError
 from cnf.flow.flow import Flow
@@ -31,6 +33,7 @@ MODEL, CONFIG, FIGURES, STEPS = "model.safetensors", "config.json", "metrics.jso
 DENSITY, SAMPLES, TRAINING = "density.png", "samples.png", "training.png"
 CONFUSION, SNAPSHOT = "confusion.png", "snapshot.pt"
 CLASSES, BETWEEN, NEIGHBOURS = "classes.png", "interpolation.png", "neighbours.png"  # of images
+EVENTS = "tensorboard"  # a folder in the run's
 FORMAT = 1  # of the folder; raised when an older reader would misread it
 FILES = (MODEL, CONFIG, FIGURES, STEPS, DENSITY, SAMPLES, TRAINING)
 # what `cnf plot` may add
@@ -57,6 +60,12 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._steps: FileIO | None = None
+        self._taken = 0  # records of steps
+        self._boards: list[Board] = []
+
+    def show_on_board(self) -> None:
+        """Write the records of steps for TensorBoard too; InputError where it is missing."""
+        self._boards.append(Board(self.path / EVENTS))
 
     @property
     def has_begun(self) -> bool:
@@ -67,6 +76,7 @@ class RunFolder:
         for name in (*FILES, *DRAWN, CONFUSION, CLASSES, BETWEEN, NEIGHBOURS):
             if name != STEPS:  # it holds our claim to the folder, and is emptied below
                 (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / EVENTS, ignore_errors=True)
         _sweep(self.path)
         Snapshots(self.path / SNAPSHOT).remove()
         self.write_config(config)
@@ -84,6 +94,7 @@ class RunFolder:
         with replacing(self.path / STEPS) as file:
             file.writelines(f"{line}\n".encode() for line, _ in kept)
         self._steps = FileIO(self.path / STEPS, "a")
+        self._taken = len(kept)
         return [record for _, record in kept]
 
     def add_step(self, record: Mapping[str, Any]) -> None:
@@ -100,6 +111,9 @@ class RunFolder:
             with suppress(OSError):
                 self._steps.truncate(end)
             raise OSError(error.errno, error.strerror, str(self.path / STEPS)) from error
+        self._taken += 1
+        for board in self._boards:
+            board.add(self._taken, record)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file, whole or not at all."""
@@ -113,6 +127,8 @@ class RunFolder:
     def close(self) -> None:
         if self._steps is not None:
             self._steps.close()
+        for board in self._boards:
+            board.close()
 
 
 class OthersFolder(RunFolder):

@@ -62,6 +62,7 @@ the run folder:
   metrics.jsonl       a line for every training step
   metrics.json        the final figures, with the confusion matrix
   training.png        loss, validation error and evaluations over training, and confusion.png
+  tensorboard         with --tensorboard: the same as metrics.jsonl, for its curves
   snapshot.pt         where training stands, until it is finished: --resume goes on from it
 
 examples:

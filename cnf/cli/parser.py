@@ -13,6 +13,7 @@ from cnf.cli.argument import (
     Parser,
     again_arguments,
     band,
+    board_argument,
     count,
     device_argument,
     names,
@@ -24,6 +25,7 @@ from cnf.cli.argument import (
     weight,
     widths,
 )
+from cnf.cli.doctor_parser import DOCTOR_EXAMPLES, DOCTOR_PAGE, add_doctor_arguments
 from cnf.cli.mnist_parser import (
     EXPORT_EXAMPLES,
     EXPORT_PAGE,
@@ -68,9 +70,13 @@ IMAGES
   cnf mnist classify --preset quick        an ODE-Net on MNIST, in minutes on a CPU
   cnf export runs/mnist-odenet --nfe 8     a program of 8 evaluations, for small devices
 
+WHAT IS WRONG HERE?
+  cnf doctor                               versions, devices, data, and a self-test of a second
+
 EACH VERB HAS A PAGE
   cnf fit --help       cnf sample --help       cnf logprob --help     cnf check --help
   cnf plot --help      cnf mnist --help        cnf export --help      cnf reproduce --help
+  cnf doctor --help
 """
 
 CODES = """\
@@ -99,6 +105,7 @@ the run folder:
   metrics.jsonl       a line for every training step
   metrics.json        the final figures
   density.png         data, density and samples (samples.png for images), and training.png
+  tensorboard         with --tensorboard: the same as metrics.jsonl, for its curves
   snapshot.pt         where training stands, until it is finished: --resume goes on from it
 
 examples:
@@ -108,6 +115,7 @@ examples:
   cnf fit wine.csv --columns alcohol,hue --context class     the density given the class
   cnf fit counts.csv --dequantize          whole numbers have no density: add uniform noise
   cnf fit points.npy --json --quiet > figures.json
+  cnf fit moons --tensorboard              then: tensorboard --logdir runs
   cnf fit --resume --out runs/moons        after Ctrl-C, SIGTERM or a crash
   cnf fit moons --resume                   the newest run of moons that has not ended
 """
@@ -237,6 +245,7 @@ def _fit_arguments(verb: Parser) -> None:
     place.add_argument("--out", metavar="RUN", help="the run folder (default: runs/NAME)")
     again_arguments(place)
     place.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    board_argument(place)
     place.add_argument("--quiet", action="store_true", help="no progress, nothing but warnings")
 
     data = verb.add_argument_group("data", argument_default=argparse.SUPPRESS)
@@ -373,4 +382,5 @@ VERBS = (
     ("mnist", MNIST_PAGE, MNIST_EXAMPLES, add_mnist_arguments),
     ("export", EXPORT_PAGE, EXPORT_EXAMPLES, add_export_arguments),
     ("reproduce", REPRODUCE_PAGE, REPRODUCE_EXAMPLES, add_reproduce_arguments),
+    ("doctor", DOCTOR_PAGE, DOCTOR_EXAMPLES, add_doctor_arguments),
 )

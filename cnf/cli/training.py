@@ -107,6 +107,8 @@ def opened_folder(arguments: Namespace, name: str) -> Iterator[RunFolder]:
     out = out_of(arguments, name)
     opened = resumed_folder(out) if arguments.resume else claimed_folder(out, arguments.overwrite)
     with opened as folder:
+        if arguments.tensorboard:
+            folder.show_on_board()
         yield folder
 
 

@@ -163,6 +163,15 @@ def mnist(
     return Images(name, parts[0], parts[1].astype(np.int64), parts[2], parts[3].astype(np.int64))
 
 
+def where(name: str = "mnist") -> Path | None:
+    """The folder in which `mnist` finds all four files of a set, None where it would download them.
+
+    The files are not judged.
+    """
+    folder, _ = _located(SETS[name], None)
+    return folder if all(_on_disk(folder, file) for file in SETS[name].files) else None
+
+
 def cache_folder() -> Path:
     """Where downloads are kept."""
     base = os.environ.get("XDG_CACHE_HOME")

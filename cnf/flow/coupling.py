@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from cnf.error import InputError, whole_number
@@ -57,6 +56,8 @@ def _assignment(start: Tensor, end: Tensor) -> Tensor:
     """The index of the start that each end is given."""
     # |a − b|² without the squares, which no permutation changes
     cost = -(end @ start.T)
+    from scipy.optimize import linear_sum_assignment  # here: slow to load
+
     return torch.from_numpy(linear_sum_assignment(cost.numpy())[1])
 
 

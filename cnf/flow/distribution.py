@@ -74,7 +74,7 @@ class FlowDistribution(Distribution):
         context = self.context
         if context is not None:
             context = context.expand(*shape, context.shape[-1])
-        return FlowDistribution(
+        return type(self)(
             self.flow,
             context,
             batch_shape=shape,

@@ -6,6 +6,7 @@ Time runs from t = 0, the base, to t = 1, the data.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Self, TypedDict, Unpack, overload
 
@@ -296,11 +297,14 @@ class Flow(Transport):
         validate_args: bool | None = None,
     ) -> FlowDistribution:
         """The flow as a torch distribution over vectors; its batch shape is the context's, less the
-        columns.
+        columns.  Where Pyro has been imported `pyro.sample` takes it too.
         """
         checked_guidance(guidance, self.context, self.context_dropout)
         given = shaped_context(context, self.kind, self.context)
-        return FlowDistribution(self, given, guidance=guidance, validate_args=validate_args)
+        law = FlowDistribution
+        if "pyro" in sys.modules:
+            from cnf.flow.pyro import PyroFlowDistribution as law
+        return law(self, given, guidance=guidance, validate_args=validate_args)
 
     @property
     def transform(self) -> FlowTransform:

@@ -13,8 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
-from scipy.special import ndtri
 from torch import Tensor, nn
 
 AS_IT_IS, POWER, STEPS = 0, 1, 2
@@ -274,6 +272,8 @@ def _power_law(seen: np.ndarray, fold: np.ndarray) -> np.ndarray:
 
 
 def _steps_law(bins: int) -> Law:
+    from scipy.special import ndtri  # here: slow to load
+
     def law(seen: np.ndarray, fold: np.ndarray) -> np.ndarray:
         knots, below = _fit_steps(seen, bins)
         width = (knots[-1] - knots[0]) / bins
@@ -300,6 +300,8 @@ def _fit_power(column: np.ndarray) -> tuple[float, float, float]:
         change = Power(*torch.tensor([[center], [spread], [exponent]], dtype=torch.float64))
         y, log_slope = change.forward(u)
         return float(y.std(correction=0).log() - log_slope.mean())
+
+    from scipy.optimize import minimize_scalar  # here: slow to load
 
     found = minimize_scalar(cost, bounds=(0.0, 2.0), method="bounded")
     return center, spread, float(found.x)  # type: ignore[attr-defined]

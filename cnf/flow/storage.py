@@ -136,11 +136,26 @@ def read(path: str | os.PathLike[str], model: Model = FLOW) -> Stored:
             f"{target} has format {settings['format']!r}, this version reads format {FORMAT}; "
             "install the version that wrote it"
         )
+    if _asks_for_too_much(settings, sum(tensor.numel() for tensor in tensors.values())):
+        raise damaged(target, model)
     try:
         unpacked = {k: unpack(v) for k, v in settings.items() if k != "format"}
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(target, model) from error
     return Stored(unpacked, tensors)
+
+
+def _asks_for_too_much(settings: Mapping[str, Any], stored: int) -> bool:
+    """Whether a flow of these settings has more of something than the file has numbers.
+
+    Such a flow is not even made: a damaged width could fill the memory.
+    """
+    widths = () if settings.get("own_field") else settings.get("hidden")
+    base = settings.get("base")
+    sizes = [settings.get("dim"), settings.get("context")]
+    sizes += list(widths) if isinstance(widths, list) else []
+    sizes += [base.get("dim"), base.get("components")] if isinstance(base, Mapping) else []
+    return any(isinstance(size, int) and size > stored for size in sizes)
 
 
 def damaged(path: str | os.PathLike[str], model: Model = FLOW) -> InputError:

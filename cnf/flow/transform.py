@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.covariance import ledoit_wolf
 from torch import Tensor, nn
 
 from cnf.error import InputError
@@ -44,6 +43,8 @@ class Whiten(nn.Module):
                 f"column {flat[0]} is constant ({mean[flat[0]]:g}), so it has no density; drop it"
             )
         standard = (data - mean) / scale
+        from sklearn.covariance import ledoit_wolf  # here: it takes longer than all of cnf
+
         correlation, _ = ledoit_wolf(standard, assume_centered=True)
         # columns that follow from each other, or two rows alone, leave a direction without spread
         short = max(0.0, SMALLEST - np.linalg.eigvalsh(correlation)[0])

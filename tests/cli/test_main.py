@@ -37,15 +37,18 @@ def test_help_does_not_wait_for_torch() -> None:
     assert "cnf fit moons" in "\n".join(page)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no times of child processes there")
 @pytest.mark.parametrize("module", ["cnf", "cnf.cli"])
 def test_help_is_there_at_once(module: str) -> None:
-    start = time.perf_counter()
+    before = os.times()
     command = [sys.executable, "-m", module, "--help"]
     subprocess.run(command, env=HERE, capture_output=True, check=True)
-    assert time.perf_counter() - start < 2.0  # 0.1 s on an idle machine; torch alone takes 3
+    after = os.times()  # of the processor: others may keep it busy
+    spent = after.children_user + after.children_system
+    assert spent - before.children_user - before.children_system < 0.5
 
 
-VERBS = ("fit", "sample", "logprob", "check", "plot", "mnist", "export", "reproduce")
+VERBS = ("fit", "sample", "logprob", "check", "plot", "mnist", "export", "reproduce", "doctor")
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -18,6 +18,7 @@ from torch.distributions import Independent, StudentT
 import cnf
 from cnf.error import InputError
 from cnf.flow.flow import Flow
+from cnf.flow.storage import write
 
 F64 = torch.float64
 MINE = cnf.Tableau("mine", 2, (0, 1), ((), (1,)), (0.5, 0.5))
@@ -387,3 +388,19 @@ def test_weights_that_do_not_fit_are_refused(change, said, saved):
 def test_the_helper_alone_changes_nothing(saved):
     before = Flow.load(saved)
     assert same(before, Flow.load(rewritten(saved)))
+
+
+@pytest.mark.parametrize("base", [None, {"kind": "GaussianMixture", "dim": 2, "components": 2**40}])
+def test_settings_that_ask_for_more_than_the_file_holds_are_refused_at_once(base, tmp_path):
+    path = tmp_path / "flow.safetensors"
+    settings = Flow(2, hidden=(8,)).config | {"hidden": [8 if base else 2**40], "base": base}
+    write(path, Flow(2, hidden=(8,)), settings)
+    with pytest.raises(InputError, match="is damaged"):
+        Flow.load(path)
+
+
+def test_a_base_s_seed_is_no_size(tmp_path):
+    path = tmp_path / "flow.safetensors"
+    flow = Flow(2, hidden=(8,), base=cnf.GaussianMixture(2, components=2, seed=2**40))
+    flow.save(path)
+    torch.testing.assert_close(Flow.load(path).base.mean, flow.base.mean)
