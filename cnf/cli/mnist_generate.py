@@ -192,7 +192,7 @@ def _figures(
     return {
         **density_figures(flow, pixels, draws=arguments.draws, probes=arguments.probes),
         "parameters": parameter_count(flow),
-        "steps": len(history),
+        "steps": history[-1].step if history else 0,
         "skipped": history[-1].skipped if history else 0,
         "training_seconds": history[-1].seconds if history else 0.0,
         "rows": {name: len(getattr(data, name)) for name in ("train", "validation", "test")},

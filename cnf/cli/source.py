@@ -18,12 +18,13 @@ from cnf.data.digits import LEVELS, SHAPE, dequantize, load_digits
 from cnf.data.rows import constant_columns, listed, repeated_columns
 from cnf.data.table import Table, read_table
 from cnf.error import InputError
-from cnf.flow.split import LAZY_BYTES, LEAST_ROWS
+from cnf.flow.split import LAZY_BYTES
 from cnf.training.seed import seeded
 
 NAMES = (*TOY_NAMES, "digits")
 TOY_ROWS, TOY_VALIDATION, TOY_HELD_OUT = 500_000, 2000, 10_000
 TRAIN_DRAWS, VALIDATION_DRAWS, HELD_OUT_DRAWS = 20, 3, 5  # noises for each image
+LEAST_ROWS = 10  # to train on
 SHARE = 0.15  # of a table's rows for validation, and as many held out
 MOST_ROWS = 10_000  # of each, in a large table
 FINEST = 1e-6  # of a column's range: values closer than that lie on no grid

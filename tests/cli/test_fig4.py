@@ -10,7 +10,6 @@ from matplotlib.image import imread
 
 from cnf.cli import fig4, fig5
 from cnf.data.energy import Energy
-from cnf.flow import recipe
 
 
 @pytest.fixture(autouse=True)
@@ -20,8 +19,9 @@ def _small(monkeypatch) -> None:
     monkeypatch.setattr(fig4, "SIZES", (2, 3))
     monkeypatch.setattr(fig4, "CELLS", 10)
     monkeypatch.setattr(Energy, "log_integral", lambda energy: 1.0)
-    for name, size in (("BATCH", 32), ("WHITENING_ROWS", 500), ("VALIDATION_ROWS", 50)):
-        monkeypatch.setattr(recipe, name, size)
+    monkeypatch.setattr("cnf.flow.recipe.BATCH", 32)
+    monkeypatch.setattr("cnf.flow.split.WHITENING_ROWS", 500)
+    monkeypatch.setattr("cnf.flow.split.VALIDATION_ROWS", 50)
     for name, size in (("QUICK_STEPS", 20), ("HELD_OUT", 50), ("DRAWS", 60), ("CELLS", 8)):
         monkeypatch.setattr(fig5, name, size)
 

@@ -152,7 +152,7 @@ def test_a_classifier_is_trained_where_none_is_named(cnf_command, monkeypatch) -
         tiny = ("--steps", "2", "--width", "4", "--quiet", "--out", str(place))
         assert main(["mnist", "classify", "--dataset", "digits", *tiny]) == 0
 
-    monkeypatch.setattr(classify, "finished", finish)
+    monkeypatch.setattr(image_report, "finished", finish)
     assert cnf_command(*SMALL).code == 0
     assert trained == [(RUN / "classifier", ["--dataset", "digits"])]
     assert read_json(RUN / folder.FIGURES)["classifier"] == str(RUN / "classifier")

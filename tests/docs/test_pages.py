@@ -73,6 +73,7 @@ def some(name: str) -> dict[str, Any]:
 
 LATER: dict[str, str] = {  # what a page's code needs that only a long run leaves behind
     "odenet.md": "torch.export.load|cnf.data.mnist",
+    "images.md": "cnf.data.mnist",
     "scale.md": "init_process_group",
 }
 
