@@ -147,14 +147,14 @@ def test_a_flow_without_classes_is_not_asked_for_any(cnf_command, small: tuple[s
 def test_a_classifier_is_trained_where_none_is_named(cnf_command, monkeypatch) -> None:
     trained = []
 
-    def finish(place: Path, given: list[str], arguments) -> None:
+    def finish(place: Path, given: tuple[str, ...], arguments) -> None:
         trained.append((place, given[:2]))
         tiny = ("--steps", "2", "--width", "4", "--quiet", "--out", str(place))
         assert main(["mnist", "classify", "--dataset", "digits", *tiny]) == 0
 
     monkeypatch.setattr(image_report, "finished", finish)
     assert cnf_command(*SMALL).code == 0
-    assert trained == [(RUN / "classifier", ["--dataset", "digits"])]
+    assert trained == [(RUN / "classifier", ("--dataset", "digits"))]
     assert read_json(RUN / folder.FIGURES)["classifier"] == str(RUN / "classifier")
 
 

@@ -57,6 +57,12 @@ def some(name: str) -> dict[str, Any]:
     }
     given = {
         "README.md": ode,
+        "images.md": {
+            "flow": cnf.ImageFlow((1, 8, 8), classes=10, width=8, levels=17, step_size=0.5),
+            **{name: torch.randint(17, (10, 1, 8, 8)) for name in ("images", "a", "b")},
+            "labels": torch.arange(10),
+            "mask": torch.rand(1, 8, 8) < 0.5,
+        },
         "solve.md": ode,
         "flows.md": {"context": torch.randn(300, 3), "c": torch.randn(1000, 3)},
         "training.md": {"batch": torch.randn(64, 2), "flow": cnf.Flow(2, hidden=(8, 8))},
