@@ -9,7 +9,7 @@ anew from the law, for all methods and on the clock.  The clock runs while a flo
 stands still while its gap is measured.  Averaged weights are judged, of the same average for all.
 
 - "cnf" and "cnf, ML only": `Flow(2).fit(law, seconds=S)`, its defaults and method="ml".  A fit
-  plans its learning rate over the seconds that it is given, so fits of 1.5, 3, 6, … seconds are
+  plans its learning rate over the seconds that it is given, so fits of 1.5, 2.1, 3, … seconds are
   each run from nothing; the time to a gap is that of the shortest fit that ends within it.
 - "zuko CNF": `zuko.flows.CNF(2)` as its documentation trains it, exact trace and defaults.
 - "FFJORD": concatsquash 64-64-64 with tanh, Hutchinson's estimate in training and the exact trace
@@ -49,7 +49,19 @@ from cnf.training.loop import Average, Plan
 
 AIMS = (0.1, 0.05, 0.02)  # nats
 FRESH = 5_000
-BUDGETS = (1.5, 3.0, 6.0, 12.0, 24.0, 48.0, 96.0)  # seconds of our fits, and the cap after them
+BUDGETS = (
+    1.5,
+    2.1,
+    3.0,
+    4.2,
+    6.0,
+    8.5,
+    12.0,
+    17.0,
+    24.0,
+    48.0,
+    96.0,
+)  # seconds of our fits, and the cap after them
 FIRST_LOOK, LOOK_GROWTH = 1.0, 1.25
 GRACE = 60.0  # seconds beyond the cap that one step of a rival may take
 RATES, BATCHES = (1e-3, 3e-3, 1e-2, 3e-2), (64, 256, 1024)
