@@ -52,6 +52,7 @@ from cnf.flow.image_recipe import ImageTraining
 from cnf.flow.image_settings import ImageSettings, image_settings
 from cnf.odenet.network import parameter_count
 from cnf.training.loop import Progress
+from cnf.training.ranks import here, parted
 from cnf.training.seed import seeded
 from cnf.training.snapshot import Snapshots
 
@@ -61,11 +62,13 @@ PHASES = {"fm": "flow matching", "ml": "maximum likelihood"}
 def run(arguments: Namespace) -> None:
     """Train, judge and draw; the figures go to stdout and into the run folder."""
     figures = generated(arguments)
+    if not figures:
+        return
     print(json_text(figures) if arguments.json else "\n".join(_lines(figures)))
 
 
 def generated(arguments: Namespace) -> dict[str, Any]:
-    """The figures of a run, which is in its folder when they come."""
+    """The figures of a run, which is in its folder when they come; none for ranks but the first."""
     start = time.perf_counter()
     settings = _settings(arguments)
     arguments.device = arguments.device or "cpu"
@@ -74,7 +77,10 @@ def generated(arguments: Namespace) -> dict[str, Any]:
         torch.set_num_threads(arguments.threads)
     data = pixels_of(settings.dataset, arguments, settings.validation, settings.seed)
     with _folder(arguments, settings) as folder:
-        flow, history = _trained(folder, data, settings, device, arguments)
+        with here().together():
+            flow, history = _trained(folder, data, settings, device, arguments)
+        if not parted():  # the report is one process's work
+            return {}
         net, classifier = judging_net(folder.path, data, arguments)
         tell(arguments, "judging by the test images, and drawing")
         with seeded(settings.seed, device):
@@ -144,7 +150,8 @@ def _trained(
         history = begun(training, folder, config_of(settings, arguments), device, arguments)
         train_on(training, folder, history, device, arguments, _told)
         training.select()
-    flow.save(folder.path / MODEL)
+    if here().is_first:
+        flow.save(folder.path / MODEL)
     return flow.eval(), history
 
 

@@ -18,7 +18,13 @@ from torch.distributed.rendezvous import rendezvous
 
 from cnf.error import InputError, IntegrationError, TrainingError
 
-SHARED = ("fit", "sample", "logprob", "mnist classify")  # commands that ranks share
+SHARED = (
+    "fit",
+    "sample",
+    "logprob",
+    "mnist classify",
+    "mnist generate",
+)  # commands that ranks share
 TIMEOUT = timedelta(minutes=10)  # in which a rank must answer the others
 FAILED, INTERRUPTED = 1, 130
 GRACE = 3.0  # seconds; torchrun gives 30 after SIGTERM
@@ -53,7 +59,8 @@ def joined(arguments: Namespace) -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-    dist.destroy_process_group()  # not after an error: the others may be gone
+    if dist.is_initialized():  # and not left for work of one process
+        dist.destroy_process_group()  # not after an error: the others may be gone
 
 
 def refuse_unshared(arguments: Namespace, world: int) -> None:

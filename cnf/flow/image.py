@@ -52,6 +52,7 @@ from cnf.ode.gradient.problem import Gradient
 from cnf.ode.method import Method
 from cnf.ode.tableau import Tableau
 from cnf.training.loop import Progress
+from cnf.training.ranks import row_noise
 from cnf.training.seed import seeded
 
 CHUNK = 256  # images solved together
@@ -468,7 +469,11 @@ class ImageFlow(Carrier):
             return None
         if not (training and self.label_dropout):
             return context
-        kept = torch.rand_like(context) >= self.label_dropout
+
+        def draw(rows: int) -> Tensor:
+            return torch.rand(rows, 1, dtype=context.dtype, device=context.device)
+
+        kept = row_noise(len(context), draw) >= self.label_dropout
         return torch.where(kept, context, -1.0)
 
     def told_nothing(self, told: Tensor) -> Tensor:

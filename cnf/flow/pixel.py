@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cnf.error import InputError
+from cnf.training.ranks import row_noise
 
 PRIOR = 0.5  # of a pixel, in every level
 SLACK = 1e-3  # of a level, that scaled pixels may be off by rounding
@@ -96,7 +97,11 @@ def dequantized(pixels: Tensor, noise: Tensor, levels: int) -> Tensor:
 def fresh_noise(pixels: Tensor) -> Tensor:
     """Noise uniform on [0, 1) from torch's generator, of the pixels' shape, as training wants."""
     kind = torch.float32 if pixels.device.type == "mps" else torch.float64
-    return torch.rand(pixels.shape, dtype=kind, device=pixels.device)
+
+    def draw(rows: int) -> Tensor:
+        return torch.rand(rows, *pixels.shape[1:], dtype=kind, device=pixels.device)
+
+    return row_noise(len(pixels), draw)
 
 
 def quantized(x: Tensor, levels: int) -> Tensor:

@@ -170,6 +170,14 @@ def here() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
+def parted() -> bool:
+    """Whether this rank was the first, which goes on alone: the process group is left."""
+    is_first = here().is_first
+    if here().world > 1:
+        dist.destroy_process_group()
+    return is_first
+
+
 def current() -> Ranks:
     """The ranks that train together just now: see `Ranks.together`."""
     return _CURRENT.get()

@@ -132,6 +132,18 @@ def test_a_classifier_is_trained_by_both(folder: Path, torchrun: Callable[..., A
 
 
 @pytest.mark.slow
+def test_a_flow_over_images_is_trained_by_both_and_judged_by_the_first(
+    folder: Path, torchrun: Callable[..., Any]
+) -> None:
+    few = ("--steps", "4", "--width", "8", "--images", "10", "--samples", "10", "--nfe", "4")
+    told = ("mnist", "generate", "--dataset", "digits", *few, "--out", "run", "--json")
+    ended = torchrun(folder, "-m", "cnf", *told)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["steps"] == 4
+    assert (folder / "run" / "samples.png").is_file()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_dies_ends_the_run_with_a_message(
     folder: Path, environment: dict[str, str], rank: int

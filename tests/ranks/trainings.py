@@ -20,6 +20,7 @@ from cnf.flow import split
 from cnf.flow.coupling import OptimalTransport
 from cnf.flow.divergence import Hutchinson
 from cnf.flow.flow import Flow
+from cnf.flow.image import ImageFlow
 from cnf.flow.regularizer import Regularizer
 from cnf.odenet.recipe import ImageTraining, Split, build
 from cnf.odenet.settings import Settings
@@ -105,7 +106,21 @@ def classification() -> Tensor:
     )
 
 
+def images() -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.randint(17, (60, 1, 4, 4), generator=generator)
+    labels = torch.randint(2, (60,), generator=generator)
+    with seeded(0, torch.device("cpu")):
+        made = ImageFlow((1, 4, 4), classes=2, width=8, levels=17, label_dropout=0.3, seed=0)
+        made.double().fit(
+            pixels, labels, method="fm", steps=5, batch_size=20, progress=False,
+            validation=(pixels[:8], labels[:8]),
+        )  # fmt: skip
+    return weights(made)
+
+
 TRAININGS = {
+    "images": images,
     "flow matching": flow_matching,
     "conditional": conditional,
     "coupled": coupled,
