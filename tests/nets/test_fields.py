@@ -224,7 +224,8 @@ def test_kinetic_energy_and_jacobians_norm_are_their_integrals_by_direct_quadrat
     simpson[2:-1:2] *= 2
     for found, rate in zip(both.measured(moved.along, -1.0).values(), rates, strict=True):
         expected = (simpson @ rate.detach().reshape(points, -1)).mean()
-        assert torch.allclose(found, expected, rtol=1e-4)
+        # the U-Net's embedding of the time turns fast for so many points
+        assert torch.allclose(found, expected, rtol=1e-3 if name == "U-Net" else 1e-4)
 
 
 @EACH_FIELD
