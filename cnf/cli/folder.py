@@ -165,9 +165,17 @@ def _recorded(path: Path) -> list[tuple[str, Progress]]:
 
 
 def progress_of(line: Mapping[str, Any]) -> Progress:
-    """A record of steps as it was; null was no finite number."""
+    """A record of steps as it was; null was no finite number.
+
+    Raises TypeError or KeyError for a line that is no such record.
+    """
     known = {field.name for field in fields(Progress)}
     kept = {name: value for name, value in line.items() if name in known}
+    numbers = (value for name, value in kept.items() if name != "phase")
+    if not (
+        isinstance(kept["phase"], str) and all(isinstance(x, int | float | None) for x in numbers)
+    ):
+        raise TypeError("a record of a step has a phase and numbers")
     return Progress(**{**kept, "loss": math.nan if kept["loss"] is None else kept["loss"]})
 
 
@@ -403,8 +411,8 @@ def _stored_data(config: Path) -> dict[str, Any]:
     if "settings" in found:
         raise _other(config.parent, found)
     data = found.get("data")
-    columns = data.get("columns") if isinstance(data, dict) else None
-    named = isinstance(columns, list) and all(isinstance(name, str) for name in columns)
-    if not (isinstance(data, dict) and named):
-        raise InputError(f"{config} is damaged; restore it or fit again")
-    return data
+    if isinstance(data, dict) and isinstance(data.get("columns"), list):
+        named = [data.get(what) or [] for what in ("columns", "context", "dequantized")]
+        if all(isinstance(names, list) and set(map(type, names)) <= {str} for names in named):
+            return data
+    raise InputError(f"{config} is damaged; restore it or fit again")

@@ -205,7 +205,7 @@ def _phases(history: Sequence[Progress]) -> list[tuple[float, str]]:
     for record in history:
         starts.setdefault(record.phase, record.seconds)
     names = {"pilot": "trials", "fm": "flow matching", "ml": "maximum likelihood"}
-    return [(seconds, names[phase]) for phase, seconds in starts.items()]
+    return [(seconds, names.get(phase, phase)) for phase, seconds in starts.items()]
 
 
 def _shown_rows(source: Source) -> np.ndarray:
