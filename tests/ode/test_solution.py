@@ -284,15 +284,14 @@ def test_what_the_field_returns_is_never_written_to(steps, gradient):
     ]
     for field in fields:
         both = functools.partial(lambda field, t, y: (field(t, y), field(t, y)[:, 0]), field)
-        sol = solve(
-            both, y0, [0.0, 1.0], gradient=fitting(gradient, steps), quadrature=True, **steps
-        )
+        # coupled by little: else y is pulled towards z as well, by as much as the steps' own error
+        how = fitting(gradient, steps)
+        how = cnf.Reversible(0.999) if how == "reversible" else how
+        sol = solve(both, y0, [0.0, 1.0], gradient=how, quadrature=True, **steps)
         (sol.y[-1].sum() + sol.integral[-1].sum()).backward()
         assert torch.equal(y0, copies[0]) and torch.equal(kept, copies[1])
         moved = sol.y[-1] - sol.y[0]
-        # reversible steps pull y towards z as well, by as much as their error
-        atol = 1e-3 if gradient == "reversible" else 1e-8
-        assert torch.allclose(moved[:, 0], sol.integral[-1], atol=atol)
+        assert torch.allclose(moved[:, 0], sol.integral[-1], atol=1e-8)
     grown = solve(fields[0], y0, [0.0, 1.0], **steps).y[-1]
     assert torch.allclose(grown, y0 * math.e, rtol=1e-5)
 
