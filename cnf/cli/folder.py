@@ -412,7 +412,12 @@ def _stored_data(config: Path) -> dict[str, Any]:
         raise _other(config.parent, found)
     data = found.get("data")
     if isinstance(data, dict) and isinstance(data.get("columns"), list):
-        named = [data.get(what) or [] for what in ("columns", "context", "dequantized")]
-        if all(isinstance(names, list) and set(map(type, names)) <= {str} for names in named):
+        lists = [data["columns"], data.get("context") or []]
+        noise = data.get("dequantized") or {}
+        if (
+            all(isinstance(names, list) and set(map(type, names)) <= {str} for names in lists)
+            and isinstance(noise, dict)
+            and all(isinstance(width, int | float) for width in noise.values())
+        ):
             return data
     raise InputError(f"{config} is damaged; restore it or fit again")
