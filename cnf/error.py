@@ -25,6 +25,17 @@ def whole_number(name: str, value: Any, least: int) -> int:
     return number
 
 
+def checked_share(name: str, value: Any) -> float:
+    """`value` as a float; raises InputError unless 0 ≤ value < 1."""
+    try:
+        share = nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        share = nan
+    if not 0 <= share < 1:
+        raise InputError(f"{name} must be a share from 0 to below 1, got {value!r}")
+    return share
+
+
 class InstallationError(RuntimeError):
     """What is installed on this machine does not work as it should."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 
 import torch
 
@@ -26,3 +27,13 @@ def usable_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise InputError(f"device {name!r} is not on this machine; try --device cpu") from error
     return device
+
+
+def hardware(device: torch.device) -> str:
+    """What computes there: a GPU's name, or the CPU's cores and how many threads work."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return (
+        f"{os.cpu_count()} CPU cores ({platform.machine()}), {threads} thread{'s'[: threads > 1]}"
+    )

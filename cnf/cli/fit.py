@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cnf.cli.device import usable_device
+from cnf.cli.device import hardware, usable_device
 from cnf.cli.folder import (
     FIGURES,
     RunFolder,
@@ -221,6 +221,7 @@ def _config(flow: Flow, source: Source, arguments: Namespace) -> dict[str, Any]:
         "ranks": here().world,
         "threads": torch.get_num_threads(),
         "versions": versions(),
+        "hardware": hardware(usable_device(arguments.device)),
     }
 
 

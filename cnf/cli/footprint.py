@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from cnf.cli.classifier import settings_of
+from cnf.cli.device import hardware
 from cnf.error import InputError
 from cnf.odenet.classification import Classification
 from cnf.odenet.network import ODENet, ResNet
@@ -138,7 +138,7 @@ def measured(request: dict[str, Any]) -> dict[str, Any]:
         "depth": iteration.evaluations() or request["depth"],
         "bytes": None if before is None or after is None else after - before,
         "seconds": statistics.median(seconds) if seconds else None,
-        "machine": _machine(device),
+        "machine": hardware(device),
     }
 
 
@@ -180,15 +180,6 @@ class _Iteration:
     def evaluations(self) -> int | None:
         """Of the field, forward; None of a net without an ODE."""
         return self._objective.nfe
-
-
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return (
-        f"{os.cpu_count()} CPU cores ({platform.machine()}), {threads} thread{'s'[: threads > 1]}"
-    )
 
 
 def _lowered_peak(device: torch.device) -> int | None:

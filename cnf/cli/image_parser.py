@@ -146,6 +146,14 @@ def _matching_arguments(training: Any) -> None:
         help="flow matching, maximum likelihood, or auto: the first, then the second",
     )  # fmt: skip
     training.add_argument("--steps", metavar="N", type=count, help="steps of all of it")
+    training.add_argument(
+        "--steps-ml", metavar="N", type=count,
+        help="of them, those of maximum likelihood with --method auto",
+    )  # fmt: skip
+    training.add_argument(
+        "--late", metavar="X", type=share,
+        help="share of flow matching's times that are drawn close to the images",
+    )  # fmt: skip
     training.add_argument("--batch-size", metavar="N", type=count, help="images of a step")
     training.add_argument("--lr", metavar="X", type=positive, help="the largest learning rate")
     training.add_argument("--lr-ml", metavar="X", type=positive, help="of maximum likelihood")

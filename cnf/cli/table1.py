@@ -75,8 +75,10 @@ def _runs(out: Path, row: str, arguments: Namespace) -> dict[int, dict[str, Any]
         folder = out / f"{row}-{seed}"
         figures = figures_of(folder, _given(row, seed, arguments))
         if figures is not None:
-            versions = read_json(folder / CONFIG).get("versions", {})
-            found[seed] = figures | {"system": versions.get("system"), "torch": versions["torch"]}
+            config = read_json(folder / CONFIG)
+            found[seed] = figures | {
+                "hardware": config["hardware"], "torch": config["versions"]["torch"]
+            }  # fmt: skip
     return found
 
 
@@ -109,7 +111,7 @@ def _row(
         "steps": [one["steps"] for one in own.values()],
         "nfe": _mean(one["nfe"] for one in own.values()),
         "nfe_backward": _mean(one["nfe_backward"] for one in own.values()),
-        "systems": sorted({f"{one['system']}, torch {one['torch']}" for one in own.values()}),
+        "hardware": sorted({f"{one['hardware']}, torch {one['torch']}" for one in own.values()}),
     }
 
 
@@ -215,7 +217,7 @@ def lines(rows: Mapping[str, dict[str, Any]]) -> list[str]:
             "MiB and ms: one iteration on a batch, forward and backward, of the shallowest depth "
             f"measured ({depths_of(rows)}), on {' and '.join(sorted(machines))}"
         )
-    systems = sorted({name for one in rows.values() for name in one.get("systems", ())})
+    systems = sorted({name for one in rows.values() for name in one.get("hardware", ())})
     text += [f"trained on {name}" for name in systems]
     text += [
         f"{row} was not run: {one['command']}" for row, one in rows.items() if "command" in one

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from tqdm import tqdm
 
+from cnf.cli.device import hardware, usable_device
 from cnf.cli.folder import (
     MODEL,
     SNAPSHOT,
@@ -98,6 +99,7 @@ def config_of(settings: Any, arguments: Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "ranks": here().world,
         "versions": versions(),
+        "hardware": hardware(usable_device(arguments.device or "cpu")),
     }
 
 

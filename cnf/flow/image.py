@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from cnf.error import InputError, whole_number
+from cnf.error import InputError, checked_share, whole_number
 from cnf.flow.accuracy import (
     Info,
     Request,
@@ -44,7 +44,7 @@ from cnf.flow.keyed import KeyedHutchinson, keys_of, uniform
 from cnf.flow.pixel import Equalize, Logit, as_pixels, dequantized, quantized
 from cnf.flow.recipe import checked_budget, follow, move_flow
 from cnf.flow.regularizer import Regularizer
-from cnf.flow.setting import checked_guidance, checked_share
+from cnf.flow.setting import checked_guidance
 from cnf.flow.storage import damaged, fill, pack, read, unpack, write
 from cnf.flow.transport import OwnField
 from cnf.ode.control import Adaptive, FixedStep

@@ -174,7 +174,12 @@ class ImageTraining:
 
     def _objective(self, phase: str) -> nn.Module:
         if phase == "fm":
-            return FlowMatching(self.flow, neighbours=1)
+            return FlowMatching(
+                self.flow,
+                neighbours=1,
+                late=self.settings.late,
+                capture=isinstance(self.flow.field, UNet),
+            )
         return MaximumLikelihood(
             self.flow,
             regularizer=self.regularizer,
@@ -225,7 +230,7 @@ class _Score:
         count = min(len(pixels), JUDGED_IMAGES)
         chosen = torch.linspace(0, len(pixels) - 1, count, dtype=torch.float64).round().long()
         self._flow, self._pixels = flow, pixels[chosen]
-        self._column = None if column is None else column[chosen]
+        self._column = None if column is None else column[chosen].to(flow.device)
 
     @torch.no_grad()
     def __call__(self) -> float:
@@ -254,9 +259,13 @@ def plans_of(settings: ImageSettings, flow: Any, seconds: float | None = None) -
     )
     phases = phases[: whole.steps]
     rates = {"fm": settings.lr, "ml": settings.lr_ml}
+    parts = shares(whole, len(phases))
+    if settings.steps_ml is not None and len(parts) == 2 and seconds is None:
+        split = (settings.steps - settings.steps_ml, settings.steps_ml)
+        parts = [replace(whole, steps=steps) for steps in split]
     return [
         replace(part, phase=phase, lr=rates[phase])
-        for part, phase in zip(shares(whole, len(phases)), phases, strict=True)
+        for part, phase in zip(parts, phases, strict=True)
     ]
 
 

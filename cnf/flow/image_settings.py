@@ -22,7 +22,9 @@ class ImageSettings:
     field: of FIELDS; width: of its channels, or of the MLP's two layers; label_dropout: share of
     the images whose label is withheld; dequantization, alpha, equalize: what is done to pixels
     before the ODE; precision: of the field in training.
-    method: "fm", "ml", or "auto", the first and then the second; steps: of all of it; batch_size;
+    method: "fm", "ml", or "auto", the first and then the second; late: share of the times in flow
+    matching that are drawn close to the images; steps: of all of it; steps_ml: of them those of
+    maximum likelihood where it comes second, None for a share; batch_size;
     lr: of flow matching, lr_ml: of maximum likelihood; memory: of the averaged weights, as a share
     of the steps taken; kinetic, jacobian: weights of RNODE's regularizers in maximum likelihood;
     validation: images held back to select by; seed: of weights, split, batches and noise.
@@ -38,7 +40,9 @@ class ImageSettings:
     equalize: bool = True
     precision: str = "single"
     method: str = "fm"
+    late: float = 0.0
     steps: int = 20_000
+    steps_ml: int | None = None
     batch_size: int = 128
     lr: float = 2e-3
     lr_ml: float = 3e-4
@@ -56,6 +60,16 @@ class ImageSettings:
                 )
         for name in ("width", "steps", "batch_size", "validation"):
             whole_number(name, getattr(self, name), 1)
+        if self.steps_ml is not None and self.method != "auto":
+            raise InputError(
+                f"steps_ml= is for method='auto', and method={self.method!r} has one phase alone; "
+                "leave it out"
+            )
+        if self.steps_ml is not None and not 0 < self.steps_ml < self.steps:
+            raise InputError(
+                f"steps_ml={self.steps_ml} of steps={self.steps} leaves nothing for one of both "
+                "phases; give a number between"
+            )
 
     @property
     def name(self) -> str:

@@ -40,17 +40,6 @@ def checked_bandwidth(bandwidth: Any) -> Bandwidth:
     return low, high
 
 
-def checked_share(name: str, value: Any) -> float:
-    """A share 0 ≤ value < 1."""
-    try:
-        share = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        share = math.nan
-    if not 0 <= share < 1:
-        raise InputError(f"{name} must be a share from 0 to below 1, got {value!r}")
-    return share
-
-
 def checked_guidance(guidance: Any, context: int, dropout: float) -> float | None:
     """How far a field follows its context, a finite number, or None.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from cnf.error import InputError, whole_number
+from cnf.error import InputError, checked_share, whole_number
 from cnf.flow.accuracy import Request
 from cnf.flow.base import LEARNED, LearnedBase, checked_base
 from cnf.flow.batch import Kind
@@ -18,7 +18,7 @@ from cnf.flow.continuous import Solver
 from cnf.flow.divergence import Divergence
 from cnf.flow.marginals import Marginals
 from cnf.flow.pilot import WIDTHS, Shape
-from cnf.flow.setting import checked_bandwidth, checked_share, checked_widths, support_of
+from cnf.flow.setting import checked_bandwidth, checked_widths, support_of
 from cnf.flow.storage import pack
 from cnf.flow.transform import Standardize, Whiten
 from cnf.nets.mlp import MLP, BilinearMLP

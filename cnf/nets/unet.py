@@ -175,7 +175,7 @@ class _TimeEmbedding(nn.Module):
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(GROUPS, max(1, channels // LEAST)), channels)
+    return nn.GroupNorm(math.gcd(GROUPS, channels, max(1, channels // LEAST)), channels)
 
 
 def _normed(norm: nn.GroupNorm, h: Any) -> Any:

@@ -128,7 +128,8 @@ def _step_of(inner: Field, method: ExplicitRungeKutta, estimate: bool) -> Callab
             return Evaluation(state.leaves(slope), rates.leaves(given))
 
         found = take_step(method, evaluate, t, h, y, first, estimate)
-        return found._replace(slopes=())
+        # not _replace: some versions of torch.compile cannot trace it
+        return Step(found.y, found.increment, found.last, found.error, found.increment_error)
 
     return step
 

@@ -18,7 +18,7 @@ from cnf.ode.field import Evaluation
 from cnf.ode.method import ExplicitRungeKutta, Step
 from cnf.ode.state import Leaves, bad_rows, is_finite, precise_dtype
 from cnf.ode.stiffness import damping, stiffness
-from cnf.ode.tangent import is_mapped
+from cnf.ode.tangent import is_unreadable
 from cnf.ode.trajectory import (
     BEYOND,
     HALF,
@@ -51,8 +51,9 @@ def march(
     Raises IntegrationError where the state turns non-finite, the step vanishes or steps run out.
     """
     trajectory = _March(problem, y, stats, first=first, keep=keep).run()
-    # under vmap no number can be read: what is not finite stays so there
-    if not is_mapped() and not is_finite((*trajectory.states[-1], *trajectory.integrals[-1])):
+    reached = (*trajectory.states[-1], *trajectory.integrals[-1])
+    # where no number can be read, what is not finite stays so
+    if not is_unreadable(reached) and not is_finite(reached):
         with torch.no_grad():  # once more, looking at every step, to say where
             _March(replace(problem, observer=None), y, Stats(), watch=True).run()
         raise failure("the solution is not finite", problem, problem.times[-1], 0.0, stats, [])

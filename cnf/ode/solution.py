@@ -233,7 +233,7 @@ def _result(
     if clock is not None:
         requested = read_at_times(requested, problem, solved.path, start, clock, stats)
     if not isinstance(t, Tensor):
-        t = torch.tensor([float(moment) for moment in t], dtype=field.dtype, device=field.device)
+        t = torch.stack([field.clock(float(moment)) for moment in t])  # waits for no device
     return Solution(
         t,
         field.state.build(requested.states),

@@ -26,6 +26,16 @@ def are_batched(cotangents: Iterable[Tensor]) -> bool:
     return any(map(functorch.is_legacy_batchedtensor, cotangents))
 
 
+def is_unreadable(tensors: Iterable[Tensor]) -> bool:
+    """Whether no number can be read from the tensors now: under torch.func.vmap, and while a CUDA
+    graph is captured.
+    """
+    captures = (
+        any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing()
+    )
+    return captures or is_mapped()
+
+
 def is_mapped() -> bool:
     """Whether torch.func.vmap is under way: there no number can be read from a tensor."""
     if not is_transformed():

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cnf.error import IntegrationError, TrainingError
 from cnf.training.optimizer import Adam, Optimizer
@@ -282,7 +283,7 @@ class Average:
     """
 
     def __init__(self, parameters: list[nn.Parameter], memory: float) -> None:
-        self._parameters = parameters
+        self._parameters: list[Tensor] = [*parameters]
         self._power = 1 / memory
         self._count = 0
         self.weights = [p.detach().clone() for p in parameters]
@@ -291,8 +292,7 @@ class Average:
     def update(self) -> None:
         self._count += 1
         keep = (1 - 1 / self._count) ** (1 + self._power)
-        for weight, parameter in zip(self.weights, self._parameters, strict=True):
-            weight.lerp_(parameter, 1 - keep)
+        get_ema_multi_avg_fn(keep)(self.weights, self._parameters, None)  # a call for all of them
 
     def state_dict(self) -> dict[str, Any]:
         return {"count": self._count, "weights": self.weights}
@@ -309,7 +309,7 @@ class Average:
 
 
 @contextmanager
-def weights_in_place(parameters: list[nn.Parameter], weights: list[Tensor]) -> Iterator[None]:
+def weights_in_place(parameters: list[Tensor], weights: list[Tensor]) -> Iterator[None]:
     """Other weights in the parameters' place, for as long as the context lasts."""
     kept = [p.detach().clone() for p in parameters]
     put(parameters, weights)

@@ -28,7 +28,8 @@ class Adam:
 
     def over(self, parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         groups = _groups(parameters, self.weight_decay)
-        return torch.optim.AdamW(groups, lr=lr, betas=self.betas)
+        fused = all(p.is_cuda for p in parameters) or None  # one kernel for all of them
+        return torch.optim.AdamW(groups, lr=lr, betas=self.betas, fused=fused)
 
 
 @dataclass(frozen=True)
