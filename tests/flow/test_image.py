@@ -10,15 +10,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Independent, SigmoidTransform, TransformedDistribution, Uniform
 
 import cnf
 from cnf.error import InputError
 from cnf.flow.image import ImageFlow
-from cnf.flow.image_recipe import ImageTraining
+from cnf.flow.image_recipe import TOLERANCE, ImageTraining, _Score
 from cnf.flow.image_settings import ImageSettings
 from cnf.flow.keyed import keys_of, uniform
+from cnf.flow.objective import training_solver
 
 SHAPE, DIM = (1, 4, 4), 16
 IMAGES = torch.randint(0, 256, (6, *SHAPE), dtype=torch.uint8)
@@ -503,3 +504,30 @@ WRONG = {
 def test_what_cannot_be_meant_is_refused_in_a_sentence(act, words):
     with pytest.raises(InputError, match=words):
         act()
+
+
+class Spike(nn.Module):
+    """A field that is large where every solve ends, and nowhere else."""
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return -30.0 * torch.exp(-(((t - 1) / 2e-3) ** 2)).reshape(-1, 1) * x
+
+
+def test_weights_are_judged_by_the_density_not_by_a_few_fixed_steps():
+    images = torch.randint(0, 256, (64, 1, 4, 4))
+    flow = ImageFlow((1, 4, 4), field=Spike(), seed=0)
+    flow.fit_maps(images.flatten(1))
+    bits = float(flow.bits_per_dim(images))
+    assert _Score(flow, images.flatten(1), None)() == pytest.approx(bits, abs=0.02)
+    assert abs(float(flow.bits_per_dim(images, nfe=32)) - bits) > 0.1
+
+
+def test_maximum_likelihood_steps_to_a_tolerance():
+    flow = small(classes=0)
+    training = ImageTraining(
+        flow, IMAGES, settings=ImageSettings(method="ml", steps=1, validation=2)
+    )
+    record = next(iter(training))
+    solver = training_solver(flow.solver, TOLERANCE)
+    assert isinstance(solver.control, cnf.Adaptive) and solver.control.rtol == TOLERANCE
+    assert record.nfe is not None and record.nfe % 6 in (1, 2)  # dopri5 with its first step's trial
