@@ -51,7 +51,7 @@ def main() -> None:
     cnf.ImageFlow.load(folder / MODEL)
     told: dict[str, Any] = {
         "command": command_of(ImageSettings(**config["settings"])),
-        **{name: config[name] for name in ("settings", "threads", "versions")},
+        **{name: config[name] for name in ("settings", "threads", "versions", "hardware")},
     }
     worth = {name: value for name, value in figures.items() if name not in NOT_TOLD}
     PLACE.mkdir(exist_ok=True)

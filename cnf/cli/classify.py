@@ -63,7 +63,7 @@ def classified(arguments: Namespace) -> dict[str, Any]:
     """The figures of a run, which is in its folder when they come; none for ranks but the first."""
     start = time.perf_counter()
     settings = _settings(arguments)
-    device = usable_device(arguments.device or "cpu")
+    device = usable_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     download = not (arguments.no_download or arguments.data)

@@ -11,11 +11,12 @@ from cnf.error import InputError
 from cnf.training.ranks import here
 
 
-def usable_device(name: str) -> torch.device:
-    """The device of that name; "cuda" is a GPU for each of several ranks.
+def usable_device(name: str | None) -> torch.device:
+    """The device of that name, the CPU for None; "cuda" is a GPU for each of several ranks.
 
     Raises InputError if it is unknown or not there.
     """
+    name = name or "cpu"
     try:
         device = torch.device(name)
         if name == "cuda" and here().world > 1:

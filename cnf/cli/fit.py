@@ -46,7 +46,7 @@ def run(arguments: Namespace) -> None:
     """
     start = time.perf_counter()
     arguments = _resumed(arguments) if arguments.resume else _complete(arguments)
-    device = usable_device(arguments.device or "cpu")
+    device = usable_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     source = _source(arguments)

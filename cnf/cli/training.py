@@ -99,7 +99,7 @@ def config_of(settings: Any, arguments: Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "ranks": here().world,
         "versions": versions(),
-        "hardware": hardware(usable_device(arguments.device or "cpu")),
+        "hardware": hardware(usable_device(arguments.device)),
     }
 
 
