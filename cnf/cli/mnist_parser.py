@@ -167,6 +167,7 @@ def add_export_arguments(verb: Any) -> None:
         "-o", metavar="FILE", dest="output", help="where to write (default: RUN/model-nfeN.pt2)"
     )
     verb.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
+    device_argument(verb)
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -160,8 +160,8 @@ def train_on(
 
 @contextmanager
 def _shown(arguments: Namespace, told: Told) -> Iterator[Callable[[Progress], None]]:
-    """A function that shows a record: a bar on stderr where that is a terminal, and a line whenever
-    the data held back were judged.
+    """A function that shows a record where stderr is a terminal: a bar, and a line whenever there
+    was a judgement.  Elsewhere metrics.jsonl tells as much.
     """
     is_drawn = sys.stderr.isatty() and not arguments.quiet
     with tqdm(
@@ -170,7 +170,7 @@ def _shown(arguments: Namespace, told: Told) -> Iterator[Callable[[Progress], No
     ) as bar:  # fmt: skip
 
         def show(record: Progress) -> None:
-            if arguments.quiet:
+            if not is_drawn:
                 return
             text = told(record)
             if record.validation is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -118,7 +119,19 @@ def test_results_and_messages_are_apart(cnf_command) -> None:
     assert lines == ["test error", "validation", "parameters", "evaluations", "with solver", "",
                      "time", "files"]  # fmt: skip
     assert "training digits-odenet" in err and "in runs/digits-odenet" in err
-    assert "step 12 of 12" in err and "accuracy" in err and "NFE 2 + 2" in err
+    assert "step" not in err  # no terminal
+
+
+def test_a_terminal_sees_how_it_goes(monkeypatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    err = Terminal()
+    monkeypatch.setattr(sys, "stderr", err)
+    assert main(list(TINY)) == 0
+    shown = err.getvalue()
+    assert "step 12 of 12" in shown and "accuracy" in shown and "NFE 2 + 2" in shown
 
 
 def test_json_is_all_of_stdout(cnf_command) -> None:

@@ -55,6 +55,7 @@ def test_it_goes_into_the_run_folder_and_replaces_nothing(odenet: Path, cnf_comm
         (("--nfe", "8", "-o", "p.onnx"), "give it the suffix .pt2"),
         (("--nfe", "8", "-o", "no/p.pt2"), "there is no folder no"),
         ((), "--nfe"),
+        (("--nfe", "8", "--device", "abacus"), "'abacus' is no device"),
     ],
 )
 def test_wrong_use_is_one_sentence(more: tuple[str, ...], words: str, odenet, refusal) -> None:
