@@ -11,6 +11,12 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _validated():
+    """Distributions check what they are given: once something was compiled, torch stops it."""
+    torch.distributions.Distribution.set_default_validate_args(True)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
     threads = torch.get_num_threads()

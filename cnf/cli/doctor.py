@@ -65,6 +65,7 @@ def report(device: torch.device) -> dict[str, Any]:
             "python": platform.python_version(),
             "system": platform.platform(),
             **packages,
+            "torch": torch.__version__,  # with what it was built for
         },
         "optional": {name: _version(name) for name in OPTIONAL},
         "devices": devices(),

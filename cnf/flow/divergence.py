@@ -307,6 +307,9 @@ def push(
     def along(tangent: Tensor) -> Any:
         return torch.func.jvp(lambda x: field(t, x, *rows), (x,), (tangent,))
 
+    if torch.is_inference_mode_enabled() and not _maps_in_inference_mode():
+        with torch.inference_mode(False), torch.no_grad():
+            return push(field, *(x.clone() for x in (t, x, tangents, *rows)))
     value_once: Any = (None, 0)  # the value is the same for all tangents
     along_all: Any = torch.func.vmap(along, out_dims=value_once, randomness="same")
     return along_all(tangents)
@@ -318,6 +321,21 @@ def _load_forward_mode() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.func.jvp(torch.neg, (torch.zeros(()),), (torch.zeros(()),))
+
+
+@cache
+def _maps_in_inference_mode() -> bool:
+    """Whether torch maps forward mode over tangents in inference mode; torch 2.6 does not."""
+    x = torch.zeros(1)
+
+    def along(tangent: Tensor) -> Any:
+        return torch.func.jvp(torch.neg, (x,), (tangent,))
+
+    try:
+        torch.func.vmap(along)(x[None])
+    except RuntimeError:
+        return False
+    return True
 
 
 class Attached:

@@ -106,7 +106,8 @@ class ExplicitRungeKutta:
         found = [[k] for part in first for k in part]
         count = tableau.stages if every else tableau.used_stages
         for c, weights in zip(tableau.c[1:count], tableau.a_weights[1:count], strict=True):
-            at = tuple([combine(leaf, ks, weights, h) for leaf, ks in zip(y, found, strict=False)])
+            own = found[:width]
+            at = tuple([combine(leaf, ks, weights, h) for leaf, ks in zip(y, own, strict=True)])
             value = field(t + c * h, at)
             for ks, k in zip(found, value.slope + value.rates, strict=True):
                 ks.append(k)
@@ -124,7 +125,19 @@ def take_step(
         return method.step(field, t, h, y, first, estimate)
     pace = OwnPace(field, t, h)
     step = method.step(pace, 0.0, 1.0, y, pace.scaled(first), estimate)
-    return step if step.last is None else step._replace(last=pace.unscaled(step.last))
+    if step.last is None:
+        return step
+    # not _replace: some versions of torch.compile cannot trace it
+    return Step(
+        step.y,
+        step.increment,
+        pace.unscaled(step.last),
+        step.error,
+        step.increment_error,
+        step.slopes,
+        step.solved,
+        step.calls,
+    )
 
 
 class OwnPace:
@@ -151,7 +164,10 @@ class OwnPace:
 
     def unscaled(self, scaled: Evaluation) -> Evaluation | None:
         """The field's value that `scaled` came from; None for what did not come from the field."""
-        return next((value for made, value in self._known if made is scaled), None)
+        for made, value in self._known:
+            if made.slope[0] is scaled.slope[0]:  # tensors: compiled code cannot tell tuples apart
+                return value
+        return None
 
     def jacobian(self, s: float, y: Leaves) -> Tensor:
         """h times the field's Jacobian, of each row by its own h."""

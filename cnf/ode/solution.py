@@ -40,7 +40,7 @@ from cnf.ode.outcome import Crossing, Dense, at_requested_times, events_met, rea
 from cnf.ode.state import Leaves, Structure
 from cnf.ode.switching import Switching
 from cnf.ode.tableau import Tableau
-from cnf.ode.tangent import carries_tangent, is_mapped, is_transformed
+from cnf.ode.tangent import carries_tangent, is_mapped, is_transformed, numbers_of
 from cnf.ode.trajectory import Counted, on_device
 
 keep_freed_memory()
@@ -413,7 +413,7 @@ def _checked_times(t: Tensor | Sequence[float], y: Leaves, control: Control, end
 def _read(t: Tensor) -> Any:
     """The times as Python numbers."""
     try:
-        return t.detach().double().tolist()
+        return numbers_of(t.detach().double())
     except RuntimeError as error:  # of a vmap over times
         raise InputError(f"the times must be the same for all that is mapped ({error})") from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -34,6 +35,17 @@ def is_unreadable(tensors: Iterable[Tensor]) -> bool:
         any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing()
     )
     return captures or is_mapped()
+
+
+def numbers_of(tensor: Tensor) -> Any:
+    """What tensor.tolist() gives, also while torch.func differentiates, where torch 2.6 reads single
+    numbers only.  Raises RuntimeError under a vmap that maps them.
+    """
+    try:
+        return tensor.tolist()
+    except RuntimeError:
+        single = [number.item() for number in tensor.flatten()]
+        return np.array(single).reshape(tensor.shape).tolist()
 
 
 def is_mapped() -> bool:

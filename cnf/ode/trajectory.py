@@ -20,7 +20,7 @@ from cnf.ode.interpolate import Polynomial, interpolant
 from cnf.ode.jacobian import jacobian_of
 from cnf.ode.method import Evaluate, Method, OwnPace, Step, take_step
 from cnf.ode.state import Leaves, as_matrix
-from cnf.ode.tangent import is_transformed
+from cnf.ode.tangent import is_transformed, numbers_of
 
 Count = Any  # an int, or an int64 tensor of shape (batch,) where every row has its own steps
 HALF = 0.5  # of a step whose equations were not solved is tried next: its error says nothing
@@ -369,7 +369,7 @@ def on_host(numbers: Tensor) -> np.ndarray:
     """The numbers of a tensor in float64: one device-to-host read."""
     numbers = numbers.detach().double()
     if is_transformed():  # torch.func lets numbers be read, but makes no arrays
-        return np.array(numbers.tolist(), dtype=np.float64).reshape(numbers.shape)
+        return np.array(numbers_of(numbers), dtype=np.float64).reshape(numbers.shape)
     return numbers.cpu().numpy()
 
 

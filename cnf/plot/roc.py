@@ -24,7 +24,7 @@ def roc_figure(
     """
     across = min(across, len(curves))
     down = -(-len(curves) // across)
-    figure = new_figure(2.5 * across, 2.6 * down, title)
+    figure = new_figure(2.5 * across, 3.0 * down, title)
     places = np.atleast_1d(figure.subplots(down, across, sharex=True, sharey=True)).ravel()
     for axes, (name, scores) in zip(places, curves.items(), strict=False):
         open_frame(axes, name)

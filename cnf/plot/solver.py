@@ -71,7 +71,7 @@ def cost_figure(
         each = 1.0 if key == "nfe_backward" else costs[-1][key] / costs[-1]["nfe"]
         axes.plot(ends, each * ends, color=QUIET, linewidth=0.8)
     panels[2].text(0.97 * ends[1], 0.97 * ends[1], "as many", color=QUIET, fontsize=8, ha="right")
-    open_frame(panels[3], "(d) in training")
+    open_frame(panels[3], "(d) training")
     if training:
         steps, forward, backward = np.asarray(training, dtype=np.float64).T
         curve(panels[3], steps, backward, (), DATA)
