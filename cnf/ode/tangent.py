@@ -38,8 +38,8 @@ def is_unreadable(tensors: Iterable[Tensor]) -> bool:
 
 
 def numbers_of(tensor: Tensor) -> Any:
-    """What tensor.tolist() gives, also while torch.func differentiates, where torch 2.6 reads single
-    numbers only.  Raises RuntimeError under a vmap that maps them.
+    """What tensor.tolist() gives, also while torch.func differentiates: torch 2.6 reads single
+    numbers there, no lists.  Raises RuntimeError under a vmap that maps them.
     """
     try:
         return tensor.tolist()
