@@ -8,8 +8,8 @@ Outliers: uniform noise, and test digits rotated by a quarter turn, blurred and 
 scores, each with its area under the ROC curve (1: told apart, 0.5: not at all, below: the outliers
 look better than the data):
 
-    log p        a low density is strange.  It fails where outliers are smooth: blurred digits can
-                 be more probable than any real digit, since they hold little that could go wrong.
+    log p        a low density is strange.  It fails where outliers have the data's strokes and
+                 grey levels, as digits on their side have, or hold little that could go wrong.
     typicality   a density unlike those of training images is strange, too high or too low.
     complexity   −log p less what a general compressor needs: how much better than zlib the flow is.
 

@@ -84,8 +84,13 @@ def dots(axes: Axes, points: np.ndarray, colors: str | list[str]) -> None:
     axes.scatter(points[:, 0], points[:, 1], s=size, c=colors, alpha=alpha, linewidths=0.0)
 
 
-def legend(place: Axes | Figure, entries: Sequence[tuple[str, str, str]]) -> None:
-    """Names beside marks: "o" a dot, "s" a patch, "_" an outline, "-" a line."""
+def legend(
+    place: Axes | Figure, entries: Sequence[tuple[str, str, str]], inside: str | None = None
+) -> None:
+    """Names beside marks: "o" a dot, "s" a patch, "_" an outline, "-" a line.
+
+    inside: where in the axes nothing is drawn, such as "lower right"; None for above them.
+    """
     handles = []
     for name, color, mark in entries:
         line = Line2D([], [], color=color, label=name)
@@ -97,6 +102,8 @@ def legend(place: Axes | Figure, entries: Sequence[tuple[str, str, str]]) -> Non
         handles.append(line)
     if isinstance(place, Figure):
         place.legend(handles=handles, loc="upper right", **LEGEND)
+    elif inside is not None:
+        place.legend(handles=handles, loc=inside, **LEGEND)
     else:  # above the axes: nothing drawn is covered
         above = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": len(handles)}
         place.legend(handles=handles, borderaxespad=0.2, columnspacing=1.2, **above, **LEGEND)

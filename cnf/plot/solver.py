@@ -71,13 +71,13 @@ def cost_figure(
         each = 1.0 if key == "nfe_backward" else costs[-1][key] / costs[-1]["nfe"]
         axes.plot(ends, each * ends, color=QUIET, linewidth=0.8)
     panels[2].text(0.97 * ends[1], 0.97 * ends[1], "as many", color=QUIET, fontsize=8, ha="right")
-    open_frame(panels[3], "(d) training")
+    open_frame(panels[3], "(d) in training")
     if training:
         steps, forward, backward = np.asarray(training, dtype=np.float64).T
         curve(panels[3], steps, backward, (), DATA)
         curve(panels[3], steps, forward, (), MODEL)
         panels[3].set_ylim(0.0, 1.06 * max(forward.max(), backward.max()))
-        legend(panels[3], [("forward", MODEL, "-"), ("backward", DATA, "-")])
+        legend(panels[3], [("forward", MODEL, "-"), ("backward", DATA, "-")], "lower right")
     panels[3].set_xlabel("step", color=QUIET, fontsize=9)
     return figure
 
