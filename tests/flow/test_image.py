@@ -16,7 +16,7 @@ from torch.distributions import Independent, SigmoidTransform, TransformedDistri
 import cnf
 from cnf.error import InputError
 from cnf.flow.image import ImageFlow
-from cnf.flow.image_recipe import TOLERANCE, ImageTraining, _Score
+from cnf.flow.image_recipe import TOLERANCE, ImageTraining, _Score, plans_of
 from cnf.flow.image_settings import ImageSettings
 from cnf.flow.keyed import keys_of, uniform
 from cnf.flow.objective import training_solver
@@ -531,3 +531,21 @@ def test_maximum_likelihood_steps_to_a_tolerance():
     solver = training_solver(flow.solver, TOLERANCE)
     assert isinstance(solver.control, cnf.Adaptive) and solver.control.rtol == TOLERANCE
     assert record.nfe is not None and record.nfe % 6 in (1, 2)  # dopri5 with its first step's trial
+
+
+def test_steps_of_maximum_likelihood_are_said_or_a_share():
+    flow = small()
+    said = plans_of(ImageSettings(method="auto", steps=100, steps_ml=30), flow)
+    assert [(plan.phase, plan.steps) for plan in said] == [("fm", 70), ("ml", 30)]
+    shared = plans_of(ImageSettings(method="auto", steps=100), flow)
+    assert [(plan.phase, plan.steps) for plan in shared] == [("fm", 95), ("ml", 5)]
+    with pytest.raises(InputError, match="is for method='auto'"):
+        ImageSettings(steps_ml=30)
+    with pytest.raises(InputError, match="leaves nothing for one of both phases"):
+        ImageSettings(method="auto", steps=30, steps_ml=30)
+
+
+@pytest.mark.parametrize("width", [4, 10, 43])
+def test_a_u_net_may_have_any_width(width):
+    flow = ImageFlow((1, 8, 8), width=width, seed=0)
+    assert flow.sample(2, nfe=2).shape == (2, 1, 8, 8)

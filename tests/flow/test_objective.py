@@ -12,7 +12,14 @@ import cnf
 from cnf.error import InputError
 from cnf.flow.divergence import ClosedForm, Hutchinson, Tangents
 from cnf.flow.flow import Flow
-from cnf.flow.objective import FlowMatching, MaximumLikelihood, expected_velocity, fresh
+from cnf.flow.objective import (
+    LATE_EDGE,
+    FlowMatching,
+    MaximumLikelihood,
+    drawn_late,
+    expected_velocity,
+    fresh,
+)
 
 F64 = torch.float64
 
@@ -290,3 +297,22 @@ def test_flow_matching_refuses_a_base_that_it_would_not_see():
     flow = Flow(2, hidden=(4,), base=cnf.StudentT(2, df=5))
     with pytest.raises(InputError, match="a base of its own; train it with MaximumLikelihood"):
         FlowMatching(flow)(torch.zeros(4, 2))
+
+
+@pytest.mark.parametrize("late", [0.0, 0.3, 0.9])
+def test_a_share_of_the_times_is_close_to_the_data(late):
+    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    t = drawn_late(u, late)
+    assert t.min() >= 0 and t.max() <= 1
+    for bound in (0.1, 0.5, 0.9, 0.99):
+        close = math.log((1 + LATE_EDGE - bound) / LATE_EDGE) / math.log1p(1 / LATE_EDGE)
+        expected = late * close + (1 - late) * (1 - bound)
+        assert (t > bound).double().mean() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_field_is_learned_from_late_times_too():
+    flow, x = Flow(2, hidden=(8, 8), seed=0), torch.randn(200, 2)
+    FlowMatching(flow, late=0.5, capture=True)(x).backward()  # capture: plain on the CPU
+    assert all(p.grad is not None for p in flow.field.parameters())
+    with pytest.raises(InputError, match=r"late must be a share from 0 to below 1, got 1\.5"):
+        FlowMatching(flow, late=1.5)
