@@ -200,7 +200,7 @@ def test_a_flow_of_it_is_invertible_and_has_its_jacobians_determinant(name):
 @EACH_FIELD
 def test_a_row_alone_shuffled_and_in_a_batch_of_a_thousand_has_one_density(name):
     flow, x = Flow(2, field=made(name, 2)).double(), torch.randn(1000, 2, dtype=F64)
-    order = torch.randperm(1000)
+    order = torch.randperm(1000)[:200]
     with torch.no_grad():
         together = flow.log_prob(x)
         assert torch.allclose(flow.log_prob(x[order]), together[order], rtol=0, atol=1e-6)
