@@ -379,7 +379,8 @@ def test_what_a_run_left_that_never_began_may_be_overwritten(tmp_path: Path) -> 
 
 # kill -9 ------------------------------------------------------------------------------------------
 
-FIT = ("fit", "moons", "--rows", "2000", "--steps", "400", "--batch-size", "64", "--threads", "1")
+FIT = ("fit", "moons", "--rows", "2000", "--steps", "400", "--batch-size", "64",
+       "--hidden", "16,16", "--threads", "1")  # fmt: skip
 CLASSIFY = ("mnist", "classify", "--dataset", "digits", "--steps", "250", "--width", "4",
             "--batch-size", "32", "--method", "euler", "--nfe", "2", "--threads", "1")  # fmt: skip
 
