@@ -76,9 +76,9 @@ def _runs(out: Path, row: str, arguments: Namespace) -> dict[int, dict[str, Any]
         figures = figures_of(folder, _given(row, seed, arguments))
         if figures is not None:
             config = read_json(folder / CONFIG)
-            found[seed] = figures | {
-                "hardware": config["hardware"], "torch": config["versions"]["torch"]
-            }  # fmt: skip
+            versions = config.get("versions", {})
+            where = config.get("hardware") or versions.get("system")  # older runs have no hardware
+            found[seed] = figures | {"hardware": where, "torch": versions.get("torch")}
     return found
 
 

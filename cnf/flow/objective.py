@@ -122,7 +122,7 @@ class FlowMatching(nn.Module):
     gives each z₁ of a group the noise that makes the paths of the group shortest.  The wanted
     velocity is then z₁ − z₀ itself, paths are straighter and cross less, and a solve costs less.
     late: share of the times that are drawn close to the data instead, with a density that grows as
-    1/(1 − t): the log-density depends on the field there, and on nothing but its mean elsewhere.
+    1/(1 − t): errors of the field weigh more in the likelihood there than elsewhere.
     capture: on a GPU, call the field by CUDA graphs: for fields that read and draw no numbers.
     It trains a flow with a standard normal base; raises InputError for any other.  Groups are those
     of the whole batch, where ranks train together.
