@@ -143,6 +143,39 @@ def test_a_flow_over_images_is_trained_by_both_and_judged_by_the_first(
     assert (folder / "run" / "samples.png").is_file()
 
 
+TRAINED_AND_PARTED = """
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from cnf.cli.rank import joined
+from cnf.training.ranks import here
+
+
+def train():
+    here().over(torch.nn.Linear(2, 1))(torch.ones(3, 2)).sum().backward()
+
+
+def threads():
+    return {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
+
+
+with joined(Namespace(verb="fit")):
+    train()
+    assert any("gloo" in name for name in threads()), threads()
+assert not any("gloo" in name for name in threads()), threads()
+"""
+
+
+@pytest.mark.slow
+def test_no_thread_of_the_group_outlives_it(folder: Path, torchrun: Callable[..., Any]) -> None:
+    """One that needs the interpreter while that ends aborts the process, and the others with it."""
+    (folder / "program.py").write_text(TRAINED_AND_PARTED)
+    ended = torchrun(folder, "program.py")
+    assert ended.returncode == 0, ended.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_dies_ends_the_run_with_a_message(
