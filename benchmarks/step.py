@@ -1,6 +1,6 @@
 """One training step, log_prob forward and backward: ours beside torchdiffeq, zuko and diffrax.
 
-    python benchmarks/step.py [--rounds 7] [--quick]
+    python benchmarks/step.py [--rounds 7] [--quick | --overhead]
 
 The same net, fitted for a while, and the same batch, solver and tolerance for all: see rivals.py.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from itertools import product
 
 import torch
 from rivals import TOLERANCE, Rival, Run, available, diffrax, ours, points, torchdiffeq, zuko
@@ -89,7 +90,9 @@ def overhead(rounds: int) -> None:
         nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2)
     )  # fmt: skip
     print("\noverhead: solve over NFE bare evaluations, MLP 2-64-64-2, dopri5, rtol 1e-6, no grad")
-    for batch in (64, 1000):
+    own = torch.get_num_threads()
+    for batch, threads in product((64, 1000), sorted({1, own})):
+        torch.set_num_threads(threads)
         y0 = torch.randn(batch, 2) * 2
         field = Counted(net)
         runs = solvers(field, y0)
@@ -105,9 +108,10 @@ def overhead(rounds: int) -> None:
         for name, value in seconds.items():
             ratio = value / each / evaluations[name]
             print(
-                f"batch {batch:5d}  {name:12s} {ratio:5.2f} "
+                f"batch {batch:5d}, {threads} threads  {name:12s} {ratio:5.2f} "
                 f"({evaluations[name]} evaluations of {each * 1e6:.0f} µs)"
             )
+    torch.set_num_threads(own)
 
 
 def repeat(field: Counted, y: Tensor, count: int) -> None:
@@ -117,13 +121,21 @@ def repeat(field: Counted, y: Tensor, count: int) -> None:
         field(t, y)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="D = 2 alone")
+    parser.add_argument("--overhead", action="store_true", help="the solver's overhead alone")
     arguments = parser.parse_args()
     print(machine())
+    if arguments.overhead:
+        overhead(arguments.rounds)
+        return
     compare(2, 1000, 64, arguments.rounds)
     if not arguments.quick:
         compare(64, 256, 256, arguments.rounds)
     overhead(arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

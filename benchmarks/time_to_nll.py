@@ -1,7 +1,8 @@
 """Wall-clock to a gap: how long a flow is trained until its density is as near as that.
 
     python benchmarks/time_to_nll.py --out runs/time_to_nll [--sets moons …] [--seeds 0 1 2]
-                                     [--methods ours …] [--cap 180]
+                                     [--methods ours …] [--cap 180] [--threads 1]
+    python benchmarks/time_to_nll.py --out runs/time_to_nll --tune [--methods …]
     python benchmarks/time_to_nll.py --out runs/time_to_nll --table
 
 The gap is the mean of log p*(x) − log p(x) in nats on 5,000 fresh points.  Every batch is drawn
@@ -20,6 +21,8 @@ stands still while its gap is measured.  Averaged weights are judged, of the sam
 
 A run can be stopped and started again: each (set, seed, method) is a line of results.jsonl in
 --out, and those that are there are not run again; what was found in tuning is in tuning.jsonl.
+With --threads 1 a run needs one core, and two runs over different --sets may share the folder and
+two cores: all methods meet the same conditions on a set. Have --tune done before.
 """
 
 from __future__ import annotations
@@ -353,6 +356,11 @@ def measure(arguments: argparse.Namespace, out: Path) -> None:
         print(f"{name} is not installed: left out")
     print(machine(), flush=True)
     warm_up(list(chosen))
+    if arguments.tune:
+        for name in set(chosen) & set(RIVALS):
+            setting = tuned(name, RIVALS[name][1], out, arguments.tune_seconds)
+            print(f"{name}: rate {setting.rate:g}, batch {setting.batch}")
+        return
     done = {key_of(row) for row in rows_of(out / RESULTS)}
     for seed in arguments.seeds:
         for name in arguments.sets:
@@ -500,10 +508,14 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=names, choices=names)
     parser.add_argument("--cap", type=float, default=180.0, help="seconds of one training")
+    parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--tune", action="store_true", help="find the rivals' settings, and stop")
     parser.add_argument("--tune-seconds", type=float, default=20.0, help="of one rival's setting")
     parser.add_argument("--table", action="store_true", help="print the table, draw the figure")
     parser.add_argument("--figure", default="docs/time_to_nll.png")
     arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     (table if arguments.table else measure)(arguments, out)

@@ -83,11 +83,7 @@ class Compiled:
             with inner.precision:
                 return pure(*times, y, first, inner.passed)
         except _failures() as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(
-                f"the step cannot be compiled ({reason}); compile=True needs a field that "
-                "torch.compile can trace and, on the CPU, a C++ compiler: leave it out"
-            ) from error
+            raise InputError(_told(error)) from error
 
 
 def _pure_step(inner: Field, method: ExplicitRungeKutta, estimate: bool) -> Callable[..., Step]:
@@ -138,4 +134,20 @@ def _failures() -> tuple[type[BaseException], ...]:
     """What torch.compile raises where it cannot."""
     from torch._dynamo import exc
 
-    return (exc.TorchDynamoException,)
+    return (exc.TorchDynamoException, exc.FailOnRecompileLimitHit)
+
+
+def _told(error: BaseException) -> str:
+    from torch._dynamo import exc
+
+    if isinstance(error, exc.FailOnRecompileLimitHit):
+        return (
+            "the step was compiled again and again, until torch.compile gave up: the field is "
+            "another at every call (it counts its calls, say), or the batch is; compile=True needs "
+            "one that stays, so leave it out or keep the changing number in a tensor"
+        )
+    reason = " ".join(str(error).split())[:300]
+    return (
+        f"the step cannot be compiled ({reason}); compile=True needs a field that torch.compile "
+        "can trace and, on the CPU, a C++ compiler: leave it out"
+    )

@@ -135,6 +135,23 @@ def test_a_failure_to_compile_is_a_sentence(monkeypatch):
         solve(lambda t, y: -y, torch.ones(2), [0.0, 1.0], compile=True)
 
 
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, t, y):
+        self.calls += 1
+        return -y
+
+
+def test_a_field_that_changes_at_every_call_is_a_sentence():
+    field = Counting()
+    with pytest.raises(cnf.InputError, match="compiled again and again"):
+        for _ in range(20):
+            solve(field, torch.ones(3), [0.0, 1.0], method="heun2", step_size=0.5, compile=True)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 def test_compiled_the_whole_way_it_is_the_same():
