@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from timing import machine, medians
 
 import cnf
-from cnf.cli.classifier import read_classifier
+from cnf.cli.mnist.classifier import read_classifier
 from cnf.odenet.classification import judge
 from cnf.odenet.fixed_grid import exported, write_program
 from cnf.odenet.recipe import images_of, split

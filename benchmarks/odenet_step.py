@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import cnf
-from cnf.cli.classifier import read_classifier
+from cnf.cli.mnist.classifier import read_classifier
 from cnf.odenet.recipe import images_of, split
 
 EXACT = 1e-7

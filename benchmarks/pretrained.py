@@ -15,7 +15,7 @@ from typing import Any
 
 import cnf
 from cnf.cli.folder import CONFIG, FIGURES, MODEL, json_text, read_json
-from cnf.cli.image_parser import FLAGS_OFF
+from cnf.cli.mnist.image_parser import FLAGS_OFF
 from cnf.flow.image_settings import ImageSettings, image_settings
 
 LARGEST = 2 * 2**20  # bytes of the weights

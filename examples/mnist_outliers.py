@@ -25,8 +25,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from cnf.cli.image_run import ImageRun, image_run
-from cnf.cli.pixels import pixels_of
+from cnf.cli.mnist.image_run import ImageRun, image_run
+from cnf.cli.mnist.pixels import pixels_of
 from cnf.flow.outlier import Roc, complexity, roc, typicality
 from cnf.plot import roc_figure, save_figure
 

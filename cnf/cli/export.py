@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from cnf.cli.classifier import images_like, read_classifier
 from cnf.cli.device import usable_device
 from cnf.cli.folder import json_text
+from cnf.cli.mnist.classifier import images_like, read_classifier
 from cnf.error import InputError
 from cnf.odenet.block import blocks_of
 from cnf.odenet.fixed_grid import exported, unrolled, write_program

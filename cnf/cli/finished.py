@@ -6,9 +6,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from cnf.cli import classify
-from cnf.cli.classifier import settings_of
 from cnf.cli.folder import CONFIG, FIGURES, MODEL, SNAPSHOT, read_json
+from cnf.cli.mnist import classify
+from cnf.cli.mnist.classifier import settings_of
 from cnf.cli.parser import parse
 from cnf.cli.training import given_settings, tell
 from cnf.error import InputError

@@ -26,7 +26,7 @@ from cnf.cli.argument import (
     widths,
 )
 from cnf.cli.doctor_parser import DOCTOR_EXAMPLES, DOCTOR_PAGE, add_doctor_arguments
-from cnf.cli.mnist_parser import (
+from cnf.cli.mnist.parser import (
     EXPORT_EXAMPLES,
     EXPORT_PAGE,
     MNIST_EXAMPLES,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -100,13 +101,13 @@ def legend(
             line.set(marker=mark, markersize=5 if mark == "o" else 8)
             line.set(alpha=0.4 if mark == "s" else 1.0, markeredgewidth=0.0)
         handles.append(line)
+    where: dict[str, Any] = {"loc": inside}
     if isinstance(place, Figure):
-        place.legend(handles=handles, loc="upper right", **LEGEND)
-    elif inside is not None:
-        place.legend(handles=handles, loc=inside, **LEGEND)
-    else:  # above the axes: nothing drawn is covered
-        above = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": len(handles)}
-        place.legend(handles=handles, borderaxespad=0.2, columnspacing=1.2, **above, **LEGEND)
+        where = {"loc": "upper right"}
+    elif inside is None:  # above the axes: nothing drawn is covered
+        where = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": len(handles)}
+        where |= {"borderaxespad": 0.2, "columnspacing": 1.2}
+    place.legend(handles=handles, **where, **LEGEND)
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:

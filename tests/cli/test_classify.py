@@ -17,9 +17,10 @@ import torch
 from matplotlib.image import imread
 
 import cnf
-from cnf.cli import classify, folder, main
-from cnf.cli.classifier import read_classifier
+from cnf.cli import folder, main
 from cnf.cli.folder import RunFolder
+from cnf.cli.mnist import classify
+from cnf.cli.mnist.classifier import read_classifier
 from cnf.odenet.classification import judge
 from cnf.odenet.recipe import images_of, split
 from cnf.odenet.settings import Settings

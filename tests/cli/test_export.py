@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from cnf.cli import main
-from cnf.cli.classifier import read_classifier
 from cnf.cli.folder import MODEL
+from cnf.cli.mnist.classifier import read_classifier
 
 TINY = (
     "mnist", "classify", "--dataset", "digits", "--steps", "2", "--width", "4", "--batch-size",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from cnf.cli import fig4, fig5
+from cnf.cli.reproduce import fig4, fig5
 from cnf.data.energy import Energy
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cnf.cli import footprint
-from cnf.cli.footprint import Footprint, measured
+from cnf.cli.reproduce import footprint
+from cnf.cli.reproduce.footprint import Footprint, measured
 from cnf.error import InputError
 from cnf.odenet.settings import Settings
 

@@ -13,9 +13,10 @@ import torch
 from matplotlib.image import imread
 
 import cnf
-from cnf.cli import classify, folder, image_picture, image_report, main
+from cnf.cli import folder, main
 from cnf.cli.folder import RunFolder
-from cnf.cli.image_parser import FLAGS_OFF
+from cnf.cli.mnist import classify, image_picture, image_report
+from cnf.cli.mnist.image_parser import FLAGS_OFF
 from cnf.flow.image_settings import ImageSettings
 
 SMALL = (

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from cnf.cli import adjoint, classify, finished, table1
-from cnf.cli.footprint import Footprint
+from cnf.cli import finished
+from cnf.cli.mnist import classify
+from cnf.cli.reproduce import adjoint, table1
+from cnf.cli.reproduce.footprint import Footprint
 
 TINY = (
     "--dataset", "digits", "--width", "4", "--stem", "fine", "--steps", "3", "--batch-size", "32"

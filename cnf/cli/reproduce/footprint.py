@@ -1,7 +1,7 @@
 """Peak memory and time of one training iteration of a net, and how they grow with its depth.
 
-Every measurement is a process of its own: `python -m cnf.cli.footprint REQUEST`, with a request and
-an answer in JSON.
+Every measurement is a process of its own: `python -m cnf.cli.reproduce.footprint REQUEST`, with a
+request and an answer in JSON.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from cnf.cli.classifier import settings_of
 from cnf.cli.device import hardware
+from cnf.cli.mnist.classifier import settings_of
 from cnf.error import InputError
 from cnf.odenet.classification import Classification
 from cnf.odenet.network import ODENet, ResNet
@@ -105,7 +105,7 @@ def _asked(request: dict[str, Any], environment: dict[str, str]) -> dict[str, An
     above = str(Path(__file__).parents[2])  # it runs this package, wherever it is started
     paths = os.pathsep.join([above, *filter(None, [os.environ.get("PYTHONPATH")])])
     answer = subprocess.run(
-        [sys.executable, "-m", "cnf.cli.footprint", json.dumps(request)],
+        [sys.executable, "-m", "cnf.cli.reproduce.footprint", json.dumps(request)],
         env=os.environ | {"PYTHONPATH": paths} | environment, capture_output=True, text=True,
         check=False,
     )  # fmt: skip

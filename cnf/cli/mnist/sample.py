@@ -10,7 +10,7 @@ import torch
 
 from cnf.cli.device import usable_device
 from cnf.cli.folder import json_text
-from cnf.cli.image_run import ImageRun, image_run
+from cnf.cli.mnist.image_run import ImageRun, image_run
 from cnf.cli.output import checked_output
 from cnf.error import InputError
 from cnf.plot import images_figure, save_figure

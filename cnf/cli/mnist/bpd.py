@@ -7,9 +7,9 @@ from argparse import Namespace
 
 from cnf.cli.device import usable_device
 from cnf.cli.folder import json_text
-from cnf.cli.image_report import density_figures, density_lines
-from cnf.cli.image_run import image_run
-from cnf.cli.pixels import pixels_of
+from cnf.cli.mnist.image_report import density_figures, density_lines
+from cnf.cli.mnist.image_run import image_run
+from cnf.cli.mnist.pixels import pixels_of
 from cnf.error import InputError
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from cnf.cli.classifier import settings_of, write_classifier
 from cnf.cli.device import usable_device
 from cnf.cli.folder import (
     CONFUSION,
@@ -21,6 +20,7 @@ from cnf.cli.folder import (
     json_text,
     unfinished,
 )
+from cnf.cli.mnist.classifier import settings_of, write_classifier
 from cnf.cli.training import (
     begun,
     config_of,

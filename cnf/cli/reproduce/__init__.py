@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cnf.cli import adjoint, fig2, fig3, fig4, fig5, table1
 from cnf.cli.folder import json_text
+from cnf.cli.reproduce import adjoint, fig2, fig3, fig4, fig5, table1
 from cnf.replace import replacing
 
 MAKERS: dict[str, Callable[[Path, Namespace], dict[str, Any]]] = {

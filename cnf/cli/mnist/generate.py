@@ -23,17 +23,17 @@ from cnf.cli.folder import (
     records_in,
     unfinished,
 )
-from cnf.cli.image_picture import save_pictures
-from cnf.cli.image_report import (
+from cnf.cli.mnist.image_picture import save_pictures
+from cnf.cli.mnist.image_report import (
     density_figures,
     density_lines,
     judging_net,
     sample_figures,
     sample_lines,
 )
-from cnf.cli.image_run import read_image_run
+from cnf.cli.mnist.image_run import read_image_run
+from cnf.cli.mnist.pixels import Part, Pixels, pixels_of
 from cnf.cli.picture import save_training
-from cnf.cli.pixels import Part, Pixels, pixels_of
 from cnf.cli.training import (
     begun,
     config_of,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cnf.cli.folder import BETWEEN, CLASSES, NEIGHBOURS, SAMPLES
-from cnf.cli.pixels import Pixels
+from cnf.cli.mnist.pixels import Pixels
 from cnf.flow.image import ImageFlow
 from cnf.odenet.fidelity import nearest
 from cnf.plot import images_figure, save_figure

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cnf.cli.classifier import read_classifier
 from cnf.cli.finished import finished
-from cnf.cli.image_picture import class_samples
-from cnf.cli.pixels import Pixels
+from cnf.cli.mnist.classifier import read_classifier
+from cnf.cli.mnist.image_picture import class_samples
+from cnf.cli.mnist.pixels import Pixels
 from cnf.error import InputError
 from cnf.flow.image import ImageFlow
 from cnf.flow.report import measured

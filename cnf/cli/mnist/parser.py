@@ -17,7 +17,7 @@ from cnf.cli.argument import (
     share,
     shares,
 )
-from cnf.cli.image_parser import add_flow_tasks
+from cnf.cli.mnist.image_parser import add_flow_tasks
 from cnf.odenet.settings import DATASETS, NETS, PRESETS
 
 MNIST_PAGE = """\

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnf.cli.classifier import read_classifier
 from cnf.cli.device import usable_device
 from cnf.cli.finished import SOLVER, finished, given
 from cnf.cli.folder import STEPS
+from cnf.cli.mnist.classifier import read_classifier
 from cnf.cli.training import tell
 from cnf.error import InputError
 from cnf.odenet.network import ODENet

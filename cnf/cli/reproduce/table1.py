@@ -15,7 +15,7 @@ import numpy as np
 
 from cnf.cli.finished import SOLVER, figures_of, finished, given, settings_for
 from cnf.cli.folder import CONFIG, json_text, read_json
-from cnf.cli.footprint import Footprint, footprint
+from cnf.cli.reproduce.footprint import Footprint, footprint
 from cnf.cli.training import tell
 from cnf.error import InputError
 from cnf.odenet.network import parameter_count
