@@ -44,7 +44,8 @@ def _sigmoid(layer: Any, x: Tensor, tangents: Tensor) -> Pair:
 
 def _softplus(layer: Any, x: Tensor, tangents: Tensor) -> Pair:
     value = functional.softplus(x, layer.beta, layer.threshold)
-    return value, tangents * torch.sigmoid(layer.beta * x)
+    scaled = x if layer.beta == 1.0 else layer.beta * x  # a pass over large features less
+    return value, tangents * torch.sigmoid(scaled)
 
 
 def _group_norm(layer: Any, x: Tensor, tangents: Tensor) -> Pair:
