@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
@@ -15,10 +14,10 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # later, its defaults would keep the group: see joined
 from torch.distributed.rendezvous import rendezvous
 
 from cnf.error import InputError, IntegrationError, TrainingError
+from cnf.training.ranks import leave
 
 SHARED = (
     "fit",
@@ -61,9 +60,7 @@ def joined(arguments: Namespace) -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-    if dist.is_initialized():  # and not left for work of one process
-        dist.destroy_process_group()  # not after an error: the others may be gone
-    gc.collect()  # the group's threads end with its last module here, and not with the interpreter
+    leave()  # not after an error: the others may be gone
 
 
 def refuse_unshared(arguments: Namespace, world: int) -> None:

@@ -33,7 +33,9 @@ def integrate(
     if isinstance(problem.method, Oracle):
         first = first or problem.field(problem.times[0], y)
         return problem.method.march(problem, y, stats, first, keep)
-    problem = replace(problem, method=begun(problem.method))
+    method = begun(problem.method)
+    if method is not problem.method:
+        problem = replace(problem, method=method)
     if problem.per_sample:
         return march_rows(problem, y, stats, first=first, keep=keep)
     return march(problem, y, stats, first=first, keep=keep)

@@ -292,6 +292,8 @@ class _March:
 def _targets(problem: Problem) -> list[Target]:
     """Every time to land on, in order."""
     control, times = problem.control, problem.times
+    if not (control.land_on or control.jumps):
+        return [Target(t, i, False) for i, t in enumerate(times) if i > 0]
     labels = {t: i for i, t in enumerate(times)}
     inside = {
         t

@@ -104,8 +104,15 @@ class ExplicitRungeKutta:
         """
         tableau, at, value, width = self.tableau, y, first, len(y)
         found = [[k] for part in first for k in part]
-        count = tableau.stages if every else tableau.used_stages
-        for c, weights in zip(tableau.c[1:count], tableau.a_weights[1:count], strict=True):
+        rows = tableau.later_stages if every else tableau.later_used_stages
+        if len(found) == 1:  # one tensor and nothing beside it: the usual case, in few calls
+            (leaf,), (ks,) = y, found
+            for c, weights in rows:
+                at = (combine(leaf, ks, weights, h),)
+                value = field(t + c * h, at)
+                ks.append(value.slope[0])
+            return found, [], at, value
+        for c, weights in rows:
             own = found[:width]
             at = tuple([combine(leaf, ks, weights, h) for leaf, ks in zip(y, own, strict=True)])
             value = field(t + c * h, at)

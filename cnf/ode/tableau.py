@@ -89,6 +89,16 @@ class Tableau:
         return tuple(map(_nonzero, self.a))
 
     @cached_property
+    def later_stages(self) -> tuple[tuple[float, Weights], ...]:
+        """(c, weights of a) of every stage after the first."""
+        return tuple(zip(self.c[1:], self.a_weights[1:], strict=True))
+
+    @cached_property
+    def later_used_stages(self) -> tuple[tuple[float, Weights], ...]:
+        """Those of `later_stages` that the solution reads, not the error's alone."""
+        return self.later_stages[: self.used_stages - 1]
+
+    @cached_property
     def b_weights(self) -> Weights:
         """The weights of b that are not 0, each with the index of its stage."""
         return _nonzero(self.b)

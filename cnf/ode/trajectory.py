@@ -6,6 +6,7 @@ import math
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -303,7 +304,7 @@ def error_ratio(step: Step, y: Leaves, control: Adaptive, measure: Measure | Non
         for error, y0, y1 in zip(step.error, y, end, strict=True)
     ]
     units = [_unit(control)] * len(parts)
-    if control.quadrature_atol is not None:
+    if control.quadrature_atol is not None and step.increment_error:
         parts += step.increment_error
         units += [control.quadrature_atol] * len(step.increment_error)
     return _largest_rms(parts, units, control.per_sample)
@@ -383,9 +384,16 @@ def _tolerance(size: Tensor, control: Adaptive) -> Tensor:
 
     Never 0, since a part that stays 0 would have the error 0/0.
     """
-    limits = torch.finfo(size.dtype)
-    offset = max(control.atol, limits.tiny) / (control.rtol or math.inf)
-    return size.add_(offset) if 0 < offset < limits.max else size.fill_(1.0)
+    offset = _offset(control.rtol, control.atol, size.dtype)
+    return size.fill_(1.0) if offset is None else size.add_(offset)
+
+
+@cache
+def _offset(rtol: float, atol: float, dtype: torch.dtype) -> float | None:
+    """atol in units of rtol, None where it is beside all sizes, or beyond all numbers."""
+    limits = torch.finfo(dtype)
+    offset = max(atol, limits.tiny) / (rtol or math.inf)
+    return offset if 0 < offset < limits.max else None
 
 
 def _size_at(problem: Problem, y: Leaves, control: Adaptive) -> Callable[[Leaves], Any]:

@@ -7,6 +7,7 @@ is its own rows'.  So a training depends on the number of ranks by rounding alon
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cnf.error import InputError, IntegrationError, TrainingError
+
+if dist.is_available():
+    # DistributedDataParallel loads it, and its functions' defaults are the process group of that
+    # moment, which would outlive all else: none, if it is loaded now
+    import torch.distributed.nn.functional
 
 SEEDS = 2**31
 
@@ -170,11 +176,19 @@ def here() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
+def leave() -> None:
+    """Leave the process group, where there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    # its threads end with the last module over it: one that needs the interpreter while that ends
+    # aborts the process
+    gc.collect()
+
+
 def parted() -> bool:
     """Whether this rank was the first, which goes on alone: the process group is left."""
     is_first = here().is_first
-    if here().world > 1:
-        dist.destroy_process_group()
+    leave()
     return is_first
 
 
