@@ -257,7 +257,7 @@ def check_values(
     rows, columns = _where(values, lambda block: ~np.isfinite(block))
     kind, remedy = "missing, NaN or infinite values", "fill in or remove the rows"
     if not len(rows):
-        rows, columns = _where(values, lambda block: np.abs(block) > limit)
+        rows, columns = _where(values, lambda block: np.abs(block).astype(float) > limit)
         kind = f"values beyond ±{limit:.3g}, too large to compute with"
         remedy = "rescale the column, for example divide it by its largest value"
     first, more = rows[:3], ", …" if len(rows) > 3 else ""

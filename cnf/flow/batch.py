@@ -17,11 +17,20 @@ from cnf.error import InputError
 
 @dataclass(frozen=True)
 class Kind:
-    """What rows are made to be: `dim` columns of a dtype on a device."""
+    """What rows are made to be: `dim` columns of a dtype on a device.
+
+    Raises InputError for a dtype too coarse for densities, which a flow's weights may be in.
+    """
 
     dim: int
     dtype: torch.dtype
     device: torch.device
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (torch.float32, torch.float64):
+            raise InputError(
+                f"the flow is in {self.dtype}, too coarse for log-densities; use flow.float()"
+            )
 
     def rows(self, x: Any, name: str) -> Tensor:
         """x as rows (batch, dim), checked."""

@@ -40,7 +40,13 @@ from cnf.ode.outcome import Crossing, Dense, at_requested_times, events_met, rea
 from cnf.ode.state import Leaves, Structure
 from cnf.ode.switching import Switching
 from cnf.ode.tableau import Tableau
-from cnf.ode.tangent import carries_tangent, is_mapped, is_transformed, numbers_of
+from cnf.ode.tangent import (
+    carries_tangent,
+    is_exported,
+    is_mapped,
+    is_transformed,
+    numbers_of,
+)
 from cnf.ode.trajectory import Counted, on_device
 
 keep_freed_memory()
@@ -157,7 +163,15 @@ def solve(
         row_wise=is_row_wise(field), precision=precision_of(y[0].device),
     )  # fmt: skip
     stats = Stats()
+    unchanged = _versions(y)
     inner, first = _first_look(inner, times, y, quadrature, how, steps.per_sample, stats)
+    if _versions(y) != unchanged:
+        raise InputError(
+            "the field changes y in place, which the solve still needs; return a new tensor, "
+            "-y for y.neg_()"
+        )
+    slopes = (*first.slope, *first.rates)
+    unchanged = _versions(slopes)
     watch = Watch(events, state, inner.clock, steps.per_sample) if events else None
     _check_events(events, steps)
     begins = on_device(times[0], y) if steps.per_sample else times[0]
@@ -171,7 +185,9 @@ def solve(
         solved = _solve(how, problem, inner, y, first, stats)
     except IntegrationError as error:
         error.partial = _partial(state, error.partial)
+        _check_overwritten(slopes, unchanged)
         raise
+    _check_overwritten(slopes, unchanged)
     if clock is not None:
         solved = solved.after(begun)
     if isinstance(chosen, Switching):
@@ -286,6 +302,20 @@ def _first_look(
     return field, first
 
 
+def _versions(leaves: Leaves) -> list[int | None]:
+    """How often each was written to; None for an inference tensor, which nobody counts."""
+    return [None if leaf.is_inference() else leaf._version for leaf in leaves]
+
+
+def _check_overwritten(slopes: Leaves, unchanged: list[int | None]) -> None:
+    """Raises InputError where the field wrote to what it had returned."""
+    if _versions(slopes) != unchanged:
+        raise InputError(
+            "the field writes to the tensor that it returned before, which the solve still needs; "
+            "return a new one at every call"
+        )
+
+
 def _check_precision(y: Leaves, control: Control) -> None:
     """Raises InputError where half precision rounds coarser than the tolerance."""
     for leaf in y:
@@ -312,6 +342,11 @@ def _check_transforms(control: Control, events: tuple[Event, ...]) -> None:
         raise InputError(
             "under torch.func.vmap, and so in jacfwd and hessian, no number can be read from a "
             "tensor, and steps cannot follow the solution: give step_size="
+        )
+    if is_exported() and (isinstance(control, Adaptive) or events):
+        raise InputError(
+            "torch.export traces one path for all inputs, and adaptive steps and events follow the "
+            "solution: give step_size=, or an ODEBlock a budget, block.nfe = 8"
         )
     if is_transformed() and (control.per_sample or events):
         raise InputError(

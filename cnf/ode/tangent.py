@@ -28,13 +28,17 @@ def are_batched(cotangents: Iterable[Tensor]) -> bool:
 
 
 def is_unreadable(tensors: Iterable[Tensor]) -> bool:
-    """Whether no number can be read from the tensors now: under torch.func.vmap, and while a CUDA
-    graph is captured.
+    """Whether no number can be read from the tensors now: under torch.func.vmap, while torch.export
+    traces, and while a CUDA graph is captured.
     """
     captures = (
         any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing()
     )
-    return captures or is_mapped()
+    return captures or is_exported() or is_mapped()
+
+
+# Whether torch.export traces just now; before torch 2.7 nobody can tell.
+is_exported: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 def numbers_of(tensor: Tensor) -> Any:

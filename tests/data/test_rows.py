@@ -102,6 +102,7 @@ def test_errors_call_the_rows_by_their_name(sentence):
         (pd.DataFrame({"a": [1.0], "b": [np.nan]}), ["column 'b'"]),
         (np.ma.array([[1.0, 2.0]], mask=[[False, True]]), ["missing", "column '1'"]),
         (np.array([[1, 1e31]]), ["beyond ±1e+30", "column '1'", "rescale"]),
+        (torch.tensor([[1, 1e30]]), ["beyond ±1e+30", "row 0", "column '1'"]),  # a bit beyond it
         (torch.tensor([[1, -1e31]]), ["beyond ±1e+30", "column '1'"]),
         (np.array([[1j]]), ["complex", "imaginary part as two columns"]),
         (torch.tensor([[1j]]), ["complex"]),

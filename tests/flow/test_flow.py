@@ -501,6 +501,12 @@ def test_a_density_over_numbers_takes_a_plain_list_of_them():
     assert torch.equal(flow.log_prob(x.tolist()), flow.log_prob(x[:, None]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_flow_in_half_precision_is_refused(dtype):
+    with pytest.raises(InputError, match=f"{dtype}, too coarse for log-densities; use flow.float"):
+        Flow(2, seed=0).to(dtype).log_prob(torch.zeros(1, 2))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, F64, torch.int64])
 def test_any_real_dtype_is_taken_and_the_flows_given_back(dtype):
     x = torch.tensor([[1, -2], [0, 3]], dtype=dtype)

@@ -598,6 +598,30 @@ def test_too_few_steps_are_reported():
     assert solve(decay, Y, [0.0, 1.0], step_size=0.1, max_steps=10).stats.accepted == 10
 
 
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("settings", [{}, dict(method="rk4", step_size=0.1)])
+def test_a_field_that_writes_where_the_solve_reads_is_refused(settings, graph):
+    kept = torch.empty(3)
+
+    def reuses(t, y):
+        return torch.neg(y, out=kept)
+
+    with torch.set_grad_enabled(graph):
+        with pytest.raises(InputError, match=r"changes y in place.*-y for y.neg_"):
+            solve(lambda t, y: y.neg_(), torch.ones(3), [0.0, 1.0], **settings)
+        with pytest.raises(InputError, match="writes to the tensor that it returned before"):
+            solve(reuses, torch.ones(3), [0.0, 1.0], **settings)
+
+
+def test_a_field_may_return_what_it_has():
+    slope = torch.full((3,), 2.0)
+    assert torch.allclose(solve(lambda t, y: slope, torch.zeros(3), [0.0, 1.0]).y[-1], slope)
+    grown = solve(lambda t, y: y, torch.ones(3), [0.0, 1.0]).y[-1]
+    assert torch.allclose(grown, torch.full((3,), math.e), rtol=1e-4)
+    with torch.inference_mode():  # whose tensors count no changes
+        solve(lambda t, y: y, torch.ones(3), [0.0, 1.0])
+
+
 # the public face -----------------------------------------------------------------------------
 
 

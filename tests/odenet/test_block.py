@@ -311,3 +311,18 @@ def test_the_whole_solution_is_there_to_ask() -> None:
     solution = block.solve(y, dense=True)
     assert torch.allclose(solution(0.5), y * math.exp(-0.5), atol=1e-6)
     assert block.solve(y, t=(0.0, 0.5, 1.0)).y.shape == (3, 4, 3)
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch before 2.7")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_a_net_with_fixed_steps_is_exported_for_any_batch():
+    torch.manual_seed(0)
+    block = ODEBlock(cnf.nets.BilinearMLP(2, (8, 8)), method="rk4", step_size=0.25)
+    net = nn.Sequential(nn.Linear(3, 2), block)
+    dynamic = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(net, (torch.randn(4, 3),), dynamic_shapes=dynamic)
+    x = torch.randn(7, 3)
+    assert torch.allclose(program.module()(x), net(x), atol=1e-6)
+    adaptive = ODEBlock(block.field, method="dopri5")
+    with pytest.raises(InputError, match=r"traces one path.*block\.nfe = 8"):
+        torch.export.export(adaptive, (torch.randn(4, 2),))
