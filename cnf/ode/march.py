@@ -33,6 +33,7 @@ from cnf.ode.trajectory import (
     tiniest,
 )
 
+_ROOM = 1e-3  # of the largest number: a step times a weight is one as well
 _STEPS_AHEAD = 20  # attempts after a failure, to tell whether stability chose the steps
 
 
@@ -97,6 +98,7 @@ class _March:
         )
         self.size = first_size(problem, self.evaluate, y, first)
         self.tiniest = tiniest(problem)
+        self.furthest = _ROOM * torch.finfo(problem.clock).max
         self.events = problem.watch.values(self.t, y) if problem.watch else None
         self.refused = 0  # attempts in a row
         self.ratios = (1.0, 1.0)  # error over tolerance of the last two accepted steps
@@ -134,6 +136,8 @@ class _March:
         remaining = abs(target.t - self.t)
         length = control.fit(self.size, remaining)
         h = problem.direction * length
+        if math.isinf(target.t) and abs(self.t) + length > self.furthest:
+            raise self._failure("t has outgrown its dtype, and the event has not come", length)
         if self.first is None:
             self.first = problem.first_stage(self.evaluate, self.t, h, self.y)
         if problem.observer is not None:

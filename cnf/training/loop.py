@@ -106,7 +106,7 @@ def train(
     score, with the averaged weights in place; best: takes the best averaged weights, in the order
     of module.parameters().
     A batch whose loss or gradient is not finite is skipped and counted; raises TrainingError after
-    PATIENCE_BATCHES of them in a row.
+    PATIENCE_BATCHES of them in a row, and where there was no other and best has nothing before it.
     """
     yield from Training(module, batches, plan, validate=validate, best=best)
 
@@ -162,6 +162,7 @@ class Training:
         self.step += 1
         self._count(loss)
         steps, due = self._planned()
+        self._check_hope(self.step >= steps and self.skipped == self.step and not self.best.weights)
         last = self.step >= steps  # decided once: the weights of the last step are always measured
         score = None
         if due or last:
@@ -193,11 +194,16 @@ class Training:
             return
         self.skipped += 1
         self.skipped_in_a_row += 1
-        if self.skipped_in_a_row >= PATIENCE_BATCHES:
+        self._check_hope(self.skipped_in_a_row >= PATIENCE_BATCHES)
+
+    def _check_hope(self, is_lost: bool) -> None:
+        if is_lost:
+            several = self.skipped_in_a_row > 1
+            which = f"{self.skipped_in_a_row} batches in a row" if several else "the only batch"
             raise TrainingError(
-                f"{self.skipped_in_a_row} batches in a row had a loss or gradient that is not "
-                f"finite (last at step {self.step} of phase {self.plan.phase!r}); try a smaller "
-                "lr, looser tolerances, or data of unit scale"
+                f"{which} had a loss or gradient that is not finite (last at step {self.step} of "
+                f"phase {self.plan.phase!r}); try a smaller lr, looser tolerances, or data of unit "
+                "scale"
             )
 
     def _step(self, batch: Batch, lr: float) -> float:

@@ -155,6 +155,12 @@ def test_a_solution_without_end_says_that_its_event_did_not_come(per_sample, sti
         solve(field, y0, [0.0, math.inf], control=tight(per_sample), event=never, max_steps=300)
 
 
+def test_a_solution_without_end_stops_at_the_largest_number():
+    never = Event(lambda t, y: y[0] - 3)
+    with pytest.raises(IntegrationError, match="t has outgrown its dtype"):
+        solve(lambda t, y: 0 * y, torch.ones(2), [0.0, math.inf], event=never)
+
+
 def test_only_a_terminal_event_makes_an_end_of_infinity():
     for event in (None, Event(first, terminal=False)):
         with pytest.raises(InputError, match="finite"):

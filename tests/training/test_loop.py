@@ -222,6 +222,15 @@ def test_too_many_failures_in_a_row_end_it_in_a_sentence():
     assert best.weights and all(torch.isfinite(w).all() for w in best.weights)
 
 
+@pytest.mark.parametrize(("steps", "which"), [(1, "the only batch"), (7, "7 batches in a row")])
+def test_a_training_without_a_batch_of_use_is_none(steps, which):
+    plan = Plan("demo", steps=steps, lr=0.1)
+    with pytest.raises(TrainingError, match=f"^{which} had a loss or gradient that is not finite"):
+        list(
+            train(Parabola(), lambda: noisy()() * math.nan, plan, validate=lambda: 0.0, best=Best())
+        )
+
+
 def test_it_trains_where_gradients_are_switched_off():
     best = Best()
     with torch.no_grad():
