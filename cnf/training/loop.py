@@ -132,6 +132,7 @@ class Training:
         self.optimizer = plan.optimizer.over(self.parameters, plan.lr)
         self.average = Average(self.parameters, plan.memory)
         self.step = self.skipped = self.skipped_in_a_row = 0
+        self._follows = bool(best.weights)  # a training before it, whose weights are worth keeping
         self.is_done = False
         self._error: float | None = None
         self._clock = _Clock(plan)
@@ -162,7 +163,7 @@ class Training:
         self.step += 1
         self._count(loss)
         steps, due = self._planned()
-        self._check_hope(self.step >= steps and self.skipped == self.step and not self.best.weights)
+        self._check_hope(self.step >= steps and self.skipped == self.step and not self._follows)
         last = self.step >= steps  # decided once: the weights of the last step are always measured
         score = None
         if due or last:
