@@ -377,7 +377,8 @@ class Flow(Transport):
 
     def fit_to_density(
         self,
-        log_density: Callable[[Tensor], Tensor],
+        log_density: Callable[..., Tensor],
+        context: Any = None,
         *,
         seconds: float | None = None,
         steps: int | None = None,
@@ -391,8 +392,10 @@ class Flow(Transport):
     ) -> Self:
         """This flow, fitted to a density that is known up to a constant, by reverse KL.
 
-        log_density: x (n, dim) → (n,), nats, differentiable by x and row by row; batch_size: draws
-        of a step; the rest as for `fit`.  The best weights are chosen on draws that stay the same.
+        log_density: x (n, dim) → (n,), nats, differentiable by x and row by row; of a conditional
+        flow (x, context) → (n,); context: rows (m, k), of which each step draws one for each of its
+        draws, so that one flow serves them all; batch_size: draws of a step; the rest as for `fit`.
+        The best weights are chosen on draws that stay the same.
         Minus the loss bounds the log of the density's integral from below; what lies far from all
         draws is not seen: a mode that no draw reaches is missed.
         Raises InputError for a log-density that cannot be used.
@@ -401,6 +404,7 @@ class Flow(Transport):
         fit_flow_to_density(
             self,
             log_density,
+            context,
             seconds=seconds,
             steps=steps,
             seed=seed,

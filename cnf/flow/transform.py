@@ -219,6 +219,11 @@ class Standardize(nn.Module):
         self.mean: Tensor
         self.scale: Tensor
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether it is not the identity any more."""
+        return bool(self.mean.any() or (self.scale != 1.0).any())
+
     @torch.no_grad()
     def fit(self, c: Tensor) -> None:
         """Set the map from data of shape (rows, columns)."""

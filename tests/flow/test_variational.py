@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal
 
 import cnf
 from cnf.error import InputError
@@ -118,9 +118,47 @@ def test_a_base_without_gradients_serves_where_it_is_not_learned(kind, words):
             flow.fit_to_density(NORMAL.log_prob, steps=2, progress=False)
 
 
-def test_a_flow_with_a_context_is_refused():
-    with pytest.raises(InputError, match="without a context"):
-        Flow(2, context=1, hidden=(4,)).fit_to_density(NORMAL.log_prob, progress=False)
+def posterior(x, c):
+    """log of e^LOG_Z N(x; (2c, −c), (0.5, 0.5 + c²)²), c (n, 1)."""
+    law = Normal(torch.cat([2 * c, -c], 1), torch.cat([torch.full_like(c, 0.5), 0.5 + c**2], 1))
+    return law.log_prob(x).sum(-1) + LOG_Z
+
+
+def test_the_loss_given_contexts_is_that_of_every_row():
+    flow = Flow(2, context=1, hidden=(4,), seed=0)
+    torch.nn.init.normal_(flow.field.out)
+    z, c = flow.draw_base(50, 3), torch.rand(50, 1)
+    x, log_prob = flow.rsample(50, c, return_log_prob=True, seed=3)
+    expected = (log_prob - posterior(x, c)).mean()
+    assert torch.allclose(ReverseKL(flow, posterior)(z, c), expected, atol=1e-5)
+    one = ReverseKL(flow, posterior)(z, 0.5)  # one for all
+    assert torch.allclose(one, ReverseKL(flow, posterior)(z, torch.full((50, 1), 0.5)))
+
+
+def test_one_flow_learns_a_density_for_every_context():
+    flow = Flow(2, context=1, hidden=(32, 32), bandwidth=None, rtol=1e-4, atol=1e-4, seed=0)
+    contexts = torch.linspace(10.0, 12.0, 200)[:, None]  # far from 0: they are standardized
+
+    def shifted(x, c):
+        return posterior(x, c - 11.0)
+
+    flow.fit_to_density(shifted, contexts, steps=200, batch_size=256, seed=0, progress=False)
+    for c in (10.2, 11.0, 11.9):
+        given = torch.full((2000, 1), c)
+        x, log_prob = flow.sample(2000, given, return_log_prob=True, seed=1)
+        kl = (log_prob - shifted(x, given)).mean().item() + LOG_Z
+        assert 0 <= kl + 0.01 < 0.06, (c, kl)
+
+
+def test_contexts_that_do_not_fit_are_refused():
+    conditional = Flow(2, context=1, hidden=(4,))
+    for context, words in ((None, "got no context"), (torch.zeros(0, 1), "no rows to draw from")):
+        with pytest.raises(InputError, match=words):
+            conditional.fit_to_density(posterior, context, steps=1, progress=False)
+    with pytest.raises(InputError, match="takes no context"):
+        Flow(2, hidden=(4,)).fit_to_density(posterior, torch.zeros(3, 1), steps=1, progress=False)
+    with pytest.raises(InputError, match="knows no density to learn without one"):
+        ReverseKL(Flow(2, context=1, context_dropout=0.1, hidden=(4,)), posterior)
 
 
 def test_a_seed_fits_the_same_again_and_leaves_the_generator_alone():
