@@ -10,6 +10,8 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from cnf.ode.state import Leaves
 from cnf.ode.tableau import Tableau
 
 BACKEND = "inductor"
+_NUMBERS = count()
 _KNOWN: weakref.WeakKeyDictionary[Any, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
 
 
@@ -98,8 +101,16 @@ def _pure_step(inner: Field, method: ExplicitRungeKutta, estimate: bool) -> Call
     if key not in known:
         _find_weights(method.tableau)
         step = _step_of(inner, method, estimate)
-        known[key] = torch.compile(step, backend=BACKEND, fullgraph=True)
+        known[key] = torch.compile(_of_its_own(step), backend=BACKEND, fullgraph=True)
     return known[key]
+
+
+def _of_its_own(step: Callable[..., Step]) -> Callable[..., Step]:
+    """The function with code that no other shares: torch.compile keeps what it has compiled, and
+    counts how often, by the code, and gives up after a few.
+    """
+    code = step.__code__.replace(co_name=f"{step.__name__}_{next(_NUMBERS)}")
+    return FunctionType(code, step.__globals__, code.co_name, None, step.__closure__)
 
 
 def _find_weights(tableau: Tableau) -> None:

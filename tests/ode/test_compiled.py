@@ -135,6 +135,18 @@ def test_a_failure_to_compile_is_a_sentence(monkeypatch):
         solve(lambda t, y: -y, torch.ones(2), [0.0, 1.0], compile=True)
 
 
+def test_any_number_of_fields_is_compiled():
+    y0 = torch.linspace(-1, 1, 4, dtype=F64)
+    for k in range(12):  # torch.compile would give up after eight of one function
+
+        def field(t, y, k=k):
+            return -y * (k + t)
+
+        fixed = dict(method="heun2", step_size=0.5)
+        found = solve(field, y0, [0.0, 1.0], compile=True, **fixed).y
+        assert torch.allclose(found, solve(field, y0, [0.0, 1.0], **fixed).y)
+
+
 class Counting(nn.Module):
     def __init__(self):
         super().__init__()
