@@ -6,7 +6,6 @@ import math
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -384,16 +383,9 @@ def _tolerance(size: Tensor, control: Adaptive) -> Tensor:
 
     Never 0, since a part that stays 0 would have the error 0/0.
     """
-    offset = _offset(control.rtol, control.atol, size.dtype)
-    return size.fill_(1.0) if offset is None else size.add_(offset)
-
-
-@cache
-def _offset(rtol: float, atol: float, dtype: torch.dtype) -> float | None:
-    """atol in units of rtol, None where it is beside all sizes, or beyond all numbers."""
-    limits = torch.finfo(dtype)
-    offset = max(atol, limits.tiny) / (rtol or math.inf)
-    return offset if 0 < offset < limits.max else None
+    limits = torch.finfo(size.dtype)
+    offset = max(control.atol, limits.tiny) / (control.rtol or math.inf)
+    return size.add_(offset) if 0 < offset < limits.max else size.fill_(1.0)
 
 
 def _size_at(problem: Problem, y: Leaves, control: Adaptive) -> Callable[[Leaves], Any]:
