@@ -198,6 +198,7 @@ class Training:
         self._check_hope(self.skipped_in_a_row >= PATIENCE_BATCHES)
 
     def _check_hope(self, is_lost: bool) -> None:
+        """Raises TrainingError where nothing is to be expected of going on."""
         if is_lost:
             several = self.skipped_in_a_row > 1
             which = f"{self.skipped_in_a_row} batches in a row" if several else "the only batch"
