@@ -170,6 +170,14 @@ def choose(condition: Any, yes: Number, no: Number) -> Any:
     return yes if condition else no
 
 
+def over(a: Number, b: Number) -> Any:
+    """a / b; not finite where b is 0."""
+    if isinstance(b, np.ndarray):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return a / b
+    return a / b if b else math.inf
+
+
 def clip(value: Number, low: float, high: Number) -> Any:
     """The value within bounds."""
     if isinstance(value, np.ndarray):

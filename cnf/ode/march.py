@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cnf.error import IntegrationError
-from cnf.ode.control import Adaptive
+from cnf.ode.control import Adaptive, FixedStep
 from cnf.ode.event import locate
 from cnf.ode.field import Evaluation
 from cnf.ode.method import ExplicitRungeKutta, Step
@@ -31,6 +31,7 @@ from cnf.ode.trajectory import (
     failure,
     first_size,
     tiniest,
+    tolerances,
 )
 
 _ROOM = 1e-3  # of the largest number: a step times a weight is one as well
@@ -89,14 +90,16 @@ class _March:
         self.problem, self.stats, self.watch = problem, stats, watch
         self.keep = keep is not False
         self.evaluate = Counted(problem.field, stats)
-        self.t, self.y = problem.times[0], y
+        self.t, self.y, self.direction = problem.times[0], y, problem.direction
         if first is None or self.t in problem.control.jumps:
             first = problem.evaluate(self.evaluate, self.t, y, problem.times[-1])
         self.first: Evaluation | None = first
         self.integral = tuple(
             torch.zeros_like(rate, dtype=precise_dtype(rate)) for rate in first.rates
         )
-        self.size = first_size(problem, self.evaluate, y, first)
+        self.unit = self._unit(y)  # of errors, where the step begins
+        self.next_unit = self.unit  # and where the attempt ended
+        self.size = first_size(problem, self.evaluate, y, first, self.unit)
         self.tiniest = tiniest(problem)
         self.furthest = _ROOM * torch.finfo(problem.clock).max
         self.events = problem.watch.values(self.t, y) if problem.watch else None
@@ -135,7 +138,7 @@ class _March:
         self.attempts += 1
         remaining = abs(target.t - self.t)
         length = control.fit(self.size, remaining)
-        h = problem.direction * length
+        h = self.direction * length
         if math.isinf(target.t) and abs(self.t) + length > self.furthest:
             raise self._failure("t has outgrown its dtype, and the event has not come", length)
         if self.first is None:
@@ -164,7 +167,7 @@ class _March:
 
     def _judge(self, step: Step, length: float, control: Adaptive) -> bool:
         """Whether the step is good enough; chooses the size of the next attempt."""
-        ratio = error_ratio(step, self.y, control, self.problem.measure)  # the one read
+        ratio = self._ratio(step, control)
         factor = control.factor(ratio, self.problem.method.order, self.ratios)
         factor = factor if step.solved else max(factor, HALF)
         if not control.accepts(ratio, length):
@@ -180,6 +183,22 @@ class _March:
             raise self._failure("the step vanished", length)
         return True
 
+    def _unit(self, y: Leaves) -> Leaves:
+        """The tolerances at y; none where errors are not measured by them."""
+        control = self.problem.control
+        if isinstance(control, FixedStep) or self.problem.measure is not None:
+            return ()
+        return tolerances(y, control)
+
+    def _ratio(self, step: Step, control: Adaptive) -> float:
+        """Error over tolerance, on the host: the one read."""
+        measure = self.problem.measure
+        if measure is not None:
+            y, end = (tuple(leaf.detach() for leaf in leaves) for leaves in (self.y, step.y))
+            return measure(step.error, y, end)
+        self.next_unit = self._unit(step.y)
+        return error_ratio(step, self.unit, self.next_unit, control)
+
     def _accept(self, step: Step, h: float, t: float) -> None:
         if self.keep:
             self.out.record.append(Accepted(None, self.t, h, self.y))
@@ -188,11 +207,12 @@ class _March:
         observer, last = self.problem.observer, step.last
         if observer is not None:
             last = observer.accept(self.t, h, self.y, step)
-        self.t, self.y, self.first = t, step.y, last
-        self.integral = tuple(
-            total + part.to(total.dtype)
-            for total, part in zip(self.integral, step.increment, strict=True)
-        )
+        self.t, self.y, self.first, self.unit = t, step.y, last, self.next_unit
+        if self.integral:
+            self.integral = tuple(
+                total + part.to(total.dtype)
+                for total, part in zip(self.integral, step.increment, strict=True)
+            )
         if self.watch and not is_finite(self.integral):
             raise self._failure("a rate turned non-finite", abs(h))
 
@@ -212,6 +232,7 @@ class _March:
             h, label = theta * h, None
             step = self.problem.step(self.evaluate, self.t, h, self.y, self.first, False)
             end = self.t + h
+            self.next_unit = self._unit(step.y)
         if end != self.t:
             self._accept(step, h, end)
         now = watch.values(end, step.y)

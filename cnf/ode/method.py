@@ -13,6 +13,7 @@ from cnf.ode.control import Control
 from cnf.ode.field import Evaluation
 from cnf.ode.jacobian import Layout, jacobian_of
 from cnf.ode.state import Leaves, combine, weighted_sum
+from cnf.ode.sums import Columns, columns, is_small
 from cnf.ode.tableau import Tableau, Weights
 
 Evaluate = Callable[[Any, Leaves], Evaluation]  # time: a float, or (rows,) where rows have theirs
@@ -63,9 +64,14 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class ExplicitRungeKutta:
-    """One step of an explicit Runge–Kutta method, with a graph where gradients are enabled."""
+    """One step of an explicit Runge–Kutta method, with a graph where gradients are enabled.
+
+    lean: whether nobody differentiates its steps, so that sums need not be in the order that a
+    graph has them.
+    """
 
     tableau: Tableau
+    lean: bool = False
 
     @property
     def name(self) -> str:
@@ -83,6 +89,11 @@ class ExplicitRungeKutta:
         self, field: Evaluate, t: float, h: float, y: Leaves, first: Evaluation, estimate: bool
     ) -> Step:
         tableau = self.tableau
+        # a row's last bits must not depend on how many rows with their own steps there are
+        if self.lean and len(y) == 1 and is_small(y[0]) and not isinstance(field, OwnPace):
+            found = columns(tableau, estimate, y[0].dtype, y[0].ndim)
+            if found is not None:
+                return _small_step(tableau, found, field, t, h, y[0], first, estimate)
         slopes, rates, at, last = self._stages(field, t, h, y, first, estimate)
         lands = estimate and tableau.fsal
         y1 = at if lands else _ended(y, slopes, tableau.b_weights, h)
@@ -95,6 +106,10 @@ class ExplicitRungeKutta:
         error = _sums(ks, tableau.error_weights, h)
         increment_error = _sums(rates, tableau.error_weights, h)
         return Step(y1, increment, last if lands else None, error, increment_error, slopes)
+
+    def undifferentiated(self) -> ExplicitRungeKutta:
+        """The method where nobody differentiates."""
+        return ExplicitRungeKutta(self.tableau, lean=True)
 
     def _stages(
         self, field: Evaluate, t: float, h: float, y: Leaves, first: Evaluation, every: bool
@@ -217,6 +232,14 @@ def twice_differentiable(method: Method) -> Method:
     return method if twice is None else twice()
 
 
+def undifferentiated(method: Method) -> Method:
+    """The method for a solve that nobody differentiates; one that is then cheaper offers
+    `undifferentiated()`.
+    """
+    offered = getattr(method, "undifferentiated", None)
+    return method if offered is None else offered()
+
+
 def taken(method: Method, t: float) -> Method:
     """The method that took the step from t; one that is several offers `at(t)`."""
     at = getattr(method, "at", None)
@@ -231,6 +254,41 @@ def adjoint_method(method: Method, interpolate: bool, rated: bool) -> Method:
     """
     back = getattr(method, "back", None)
     return method if back is None else back(interpolate, rated)
+
+
+def _small_step(
+    tableau: Tableau,
+    weights: Columns,
+    field: Evaluate,
+    t: float,
+    h: float,
+    y: Tensor,
+    first: Evaluation,
+    estimate: bool,
+) -> Step:
+    """The step of a small state without a graph, in few calls."""
+    at, value, slope = y, first, first.slope[0]
+    values, slopes = [first], [slope]
+    sums, rows = buffer = weights.take(y.shape)
+    torch.mul(weights.first, slope, out=sums)
+    for (c, column), row in zip(weights.later, rows, strict=False):
+        at = torch.add(y, row, alpha=h)
+        value = field(t + c * h, (at,))
+        slope = value.slope[0]
+        sums.addcmul_(column, slope)
+        slopes.append(slope)
+        values.append(value)
+    end = torch.add(y, rows[len(weights.later)], alpha=h) if weights.ends else at
+    rates = [[known.rates[i] for known in values] for i in range(len(first.rates))]
+    increment = _sums(rates, tableau.b_weights, h)
+    if not estimate:
+        weights.give(y.shape, buffer)
+        return Step((end,), increment, None, (), (), [slopes])
+    error = torch.add(weights.zero, rows[-1], alpha=h)
+    weights.give(y.shape, buffer)
+    increment_error = _sums(rates, tableau.error_weights, h)
+    last = None if weights.ends else value
+    return Step((end,), increment, last, (error,), increment_error, [slopes])
 
 
 def _moved(y: Leaves, slopes: list[list[Tensor]], weights: Weights, h: float) -> Leaves:

@@ -36,6 +36,7 @@ from cnf.ode.trajectory import (
     on_device,
     on_host,
     tiniest,
+    tolerances,
 )
 
 Array = np.ndarray
@@ -104,8 +105,10 @@ class _RowMarch:
             torch.zeros_like(rate, dtype=precise_dtype(rate)) for rate in first.rates
         )
         self.direction = problem.direction
-        self.size = first_size(problem, self.evaluate, self.y, first)
-        if isinstance(problem.control, Adaptive) and problem.control.first_step is None:
+        control = problem.control
+        unit = tolerances(self.y, control) if isinstance(control, Adaptive) else ()
+        self.size = first_size(problem, self.evaluate, self.y, first, unit)
+        if isinstance(control, Adaptive) and control.first_step is None:
             self.size = self._grid(self.size)
         self.counts = np.zeros((3, batch), dtype=np.int64)
         self.counts[0] = stats.calls
@@ -198,7 +201,8 @@ class _RowMarch:
 
     def _judge(self, step: Step, length: Array, control: Adaptive) -> Array:
         """Which rows' steps are good enough; chooses the sizes of the next attempt."""
-        ratio = error_ratio(step, self.y, control)  # the one device-to-host read
+        before, after = tolerances(self.y, control), tolerances(step.y, control)
+        ratio = error_ratio(step, before, after, control)  # the one device-to-host read
         good = control.accepts(ratio, length)
         accept, refuse = self.alive & good, self.alive & ~good
         factor = control.factor(ratio, self.problem.method.order, self.ratios)

@@ -33,7 +33,7 @@ from cnf.ode.gradient.checkpoint import Checkpoint
 from cnf.ode.gradient.problem import Gradient, Solved, stacked
 from cnf.ode.gradient.reversible import Reversible
 from cnf.ode.integrate import Problem, Stats, integrate
-from cnf.ode.method import ExplicitRungeKutta, Method, prepared
+from cnf.ode.method import ExplicitRungeKutta, Method, prepared, undifferentiated
 from cnf.ode.moment import from_start
 from cnf.ode.oracle import Oracle
 from cnf.ode.outcome import Crossing, Dense, at_requested_times, events_met, read_at_times
@@ -176,8 +176,10 @@ def solve(
     _check_events(events, steps)
     begins = on_device(times[0], y) if steps.per_sample else times[0]
     chosen = prepared(chosen, steps, Counted(inner, stats), begins, y)
-    problem = Problem(inner, times, chosen, steps, max_steps, real, watch, dense)
     clock = t if isinstance(t, Tensor) and _is_differentiated((t,)) else None
+    if clock is None and not _is_followed(how, inner, y):
+        chosen = undifferentiated(chosen)
+    problem = Problem(inner, times, chosen, steps, max_steps, real, watch, dense)
     start, begun = y, ()
     if clock is not None:
         y, begun = from_start(problem, Counted(inner, stats), clock[0], y)
@@ -214,12 +216,19 @@ def check_settings(
     _choose_gradient(gradient)
 
 
+def _is_followed(how: Gradient, field: Field, y: Leaves) -> bool:
+    """Whether the way to gradients decides how to solve, rather than the loop alone."""
+    if getattr(how, "changes_solution", False) or _is_differentiated((*y, *field.tensors)):
+        return True
+    if not isinstance(how, Backprop):
+        return False
+    return torch.is_grad_enabled() or carries_tangent((*y, *field.tensors))
+
+
 def _solve(
     how: Gradient, problem: Problem, field: Field, y: Leaves, first: Evaluation, stats: Stats
 ) -> Solved:
-    graph = torch.is_grad_enabled() or carries_tangent((*y, *field.tensors))
-    needed = getattr(how, "changes_solution", False) or _is_differentiated((*y, *field.tensors))
-    if needed or (isinstance(how, Backprop) and graph):
+    if _is_followed(how, field, y):
         if isinstance(problem.method, Oracle) and not isinstance(how, Adjoint):
             raise problem.method.refusal()
         return how.solve(problem, field, y, first, stats)

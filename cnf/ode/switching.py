@@ -62,6 +62,10 @@ class Switching:
         """The method with second derivatives."""
         return replace(self, implicit=self.implicit.twice())
 
+    def undifferentiated(self) -> Switching:
+        """The method where nobody differentiates."""
+        return replace(self, explicit=self.explicit.undifferentiated())
+
     def back(self, interpolate: bool, rated: bool) -> Switching:
         """The method for the adjoint equation, which is another solve."""
         return replace(self, implicit=self.implicit.back(interpolate, rated), log={})

@@ -63,6 +63,13 @@ class Tableau:
             ) from None
         _check(self)
 
+    def __hash__(self) -> int:  # of some fifty numbers, asked for in every step
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.name, self.order, self.c, self.a, self.b, self.error, self.dense))
+
     @property
     def stages(self) -> int:
         return len(self.b)

@@ -14,11 +14,16 @@ from torch.autograd import forward_ad
 is_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
+def is_forward() -> bool:
+    """Whether forward-mode differentiation is under way."""
+    return forward_ad._current_level >= 0
+
+
 def carries_tangent(tensors: Iterable[Tensor]) -> bool:
     """Whether forward-mode differentiation goes through one of the tensors."""
-    if forward_ad._current_level < 0:
-        return False
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    return is_forward() and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
 
 
 def are_batched(cotangents: Iterable[Tensor]) -> bool:

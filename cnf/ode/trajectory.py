@@ -6,6 +6,7 @@ import math
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cnf.error import IntegrationError
-from cnf.ode.control import Adaptive, Control, FixedStep, choose
+from cnf.ode.control import Adaptive, Control, FixedStep, choose, over
 from cnf.ode.event import Watch
 from cnf.ode.field import Evaluation
 from cnf.ode.interpolate import Polynomial, interpolant
@@ -288,19 +289,41 @@ class Counted:
         return jacobian_of(self.inner, t, y)
 
 
-def error_ratio(step: Step, y: Leaves, control: Adaptive, measure: Measure | None = None) -> Any:
+def tolerances(y: Leaves, control: Adaptive) -> Leaves:
+    """atol + rtol·|y| of every leaf, in units of `_unit`.
+
+    Never 0, since a part that stays 0 would have the error 0/0.
+    """
+    found, graph = [], torch.is_grad_enabled()
+    for leaf in y:
+        size = (leaf.detach() if graph else leaf).abs()
+        limits = torch.finfo(size.dtype)
+        offset = max(control.atol, limits.tiny) / (control.rtol or math.inf)
+        if 0 < offset < limits.max:
+            # of a number torch makes a tensor at every call, and dynamo looks through no cache
+            is_traced = torch.compiler.is_compiling()
+            size.add_(offset if is_traced else _constant(offset, size.dtype))
+        else:
+            size.fill_(1.0)
+        found.append(size)
+    return tuple(found)
+
+
+@cache
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    """A 0-d tensor on the host, which takes part in sums on any device."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype)
+
+
+def error_ratio(step: Step, before: Leaves, after: Leaves, control: Adaptive) -> Any:
     """Estimated error over tolerance: the largest RMS of the state's leaves and integrals.
 
+    before, after: the `tolerances` where the step begins and where it ends.
     On the host, by one device-to-host read: a float, or (rows,) where every row has its own steps.
     """
-    end = step.y
-    if torch.is_grad_enabled():
-        y, end = (tuple(leaf.detach() for leaf in leaves) for leaves in (y, end))
-    if measure is not None:
-        return measure(step.error, y, end)
     parts = [
-        error / _tolerance(torch.maximum(y0.abs(), y1.abs()), control)
-        for error, y0, y1 in zip(step.error, y, end, strict=True)
+        error / torch.maximum(*both) for error, *both in zip(step.error, before, after, strict=True)
     ]
     units = [_unit(control)] * len(parts)
     if control.quadrature_atol is not None and step.increment_error:
@@ -310,34 +333,34 @@ def error_ratio(step: Step, y: Leaves, control: Adaptive, measure: Measure | Non
 
 
 @torch.no_grad()
-def first_size(problem: Problem, evaluate: Evaluate, y: Leaves, first: Evaluation) -> Any:
-    """The first step to try, a float or one for each row.
+def first_size(
+    problem: Problem, evaluate: Evaluate, y: Leaves, first: Evaluation, unit: Leaves
+) -> Any:
+    """The first step to try, a float or one for each row; unit: the `tolerances` at y, if steps are
+    adaptive and errors have no measure of their own.
 
     Source: Hairer, Nørsett & Wanner I, section II.4, starting step.
     """
     control, span = problem.control, problem.span
     if isinstance(control, FixedStep):
-        return choose(np.isfinite(span), control.step_size, control.step_size)
+        return choose(span < math.inf, control.step_size, control.step_size)
     if control.first_step is not None:
         return control.within(_smaller(control.first_step, span))
-    size = _size_at(problem, y, control)
+    size = _size_at(problem, y, control, unit)
     height, slope = size(y), size(first.slope)
-    whole = choose(np.isfinite(span), span, 1.0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        trial = choose((height > 1e-5) & (slope > 1e-5), 0.01 * height / slope, 1e-6 * whole)
-        trial = _smaller(trial, span)
-        # a field that is not finite, say: the loop will shrink the step, or say what is wrong
-        usable = np.isfinite(trial) & (trial > 0)
-        trial = choose(usable, trial, 0.0)
-        then = _ahead(problem, evaluate, y, first, trial)
-        change = tuple(map(torch.sub, then.slope, first.slope))
-        bend = size(change) / trial
-        steepest = choose(bend > slope, bend, slope)
-        guess = (0.01 / steepest) ** (1 / problem.method.order)
-    found = choose(np.isfinite(guess), _smaller(_smaller(100 * trial, guess), span), trial)
+    whole = choose(span < math.inf, span, 1.0)
+    steady = (height > 1e-5) & (slope > 1e-5)
+    trial = _smaller(choose(steady, over(0.01 * height, slope), 1e-6 * whole), span)
+    # a field that is not finite, say: the loop will shrink the step, or say what is wrong
+    usable = (trial > 0) & (trial < math.inf)
+    trial = choose(usable, trial, 0.0)
+    then = _ahead(problem, evaluate, y, first, trial)
+    bend = over(size(tuple(map(torch.sub, then.slope, first.slope))), trial)
+    steepest = choose(bend > slope, bend, slope)
+    guess = over(0.01, steepest) ** (1 / problem.method.order)
+    found = choose(guess < math.inf, _smaller(_smaller(100 * trial, guess), span), trial)
     moves = usable & (steepest > 1e-15)  # else the field stands still here
-    size = control.within(choose(moves, found, whole))
-    return size if problem.per_sample else float(size)
+    return control.within(choose(moves, found, whole))
 
 
 def _ahead(
@@ -374,31 +397,21 @@ def on_host(numbers: Tensor) -> np.ndarray:
 
 
 def _unit(control: Adaptive) -> float:
-    """What `_tolerance` leaves out: on small tensors a product costs as much as on the host."""
+    """What `tolerances` leave out: on small tensors a product costs as much as on the host."""
     return control.rtol or control.atol
 
 
-def _tolerance(size: Tensor, control: Adaptive) -> Tensor:
-    """atol + rtol·size in units of `_unit`, in place.
-
-    Never 0, since a part that stays 0 would have the error 0/0.
-    """
-    limits = torch.finfo(size.dtype)
-    offset = max(control.atol, limits.tiny) / (control.rtol or math.inf)
-    return size.add_(offset) if 0 < offset < limits.max else size.fill_(1.0)
-
-
-def _size_at(problem: Problem, y: Leaves, control: Adaptive) -> Callable[[Leaves], Any]:
-    """What measures leaves against the tolerance at y: a float64 number or one for each row."""
+def _size_at(
+    problem: Problem, y: Leaves, control: Adaptive, unit: Leaves
+) -> Callable[[Leaves], Any]:
+    """What measures leaves against the tolerance at y: a float or one for each row."""
     measure = problem.measure
     if measure is not None:
-        return lambda leaves: np.float64(measure(leaves, y, y))
-    scales = tuple(_tolerance(leaf.abs(), control) for leaf in y)
+        return lambda leaves: measure(leaves, y, y)
 
     def size(leaves: Leaves) -> Any:
-        parts = list(map(torch.div, leaves, scales))
-        found = _largest_rms(parts, [_unit(control)] * len(parts), control.per_sample)
-        return np.asarray(found)[()]
+        parts = list(map(torch.div, leaves, unit))
+        return _largest_rms(parts, [_unit(control)] * len(parts), control.per_sample)
 
     return size
 

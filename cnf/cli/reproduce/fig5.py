@@ -33,7 +33,7 @@ NAMES = ("circles", "moons")
 TIMES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 CELLS, DRAWS = 100, 20_000
 HELD_OUT = 10_000
-STEPS, QUICK_STEPS = 12_000, 1_500  # of each fit
+STEPS, QUICK_STEPS = 3_000, 1_000  # of each fit
 
 
 def courses(out: Path, arguments: Namespace) -> dict[str, Any]:
