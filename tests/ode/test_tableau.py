@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from math import prod
 
@@ -118,6 +122,16 @@ def test_a_stiff_part_is_damped_wholly(name):
     a = np.array([[*row, *[0.0] * (s - len(row))] for row in tableau.a])
     growth = 1 + z * np.array(tableau.b) @ np.linalg.solve(np.eye(s) - z * a, np.ones(s))
     assert abs(growth) < 1e-6
+
+
+def test_a_tableau_that_was_pickled_in_another_process_is_the_same_key():
+    program = "import pickle, sys; from cnf.ode.tableau import TABLEAUS; t = TABLEAUS['dopri5']"
+    program += "; hash(t); sys.stdout.buffer.write(pickle.dumps(t))"
+    environment = os.environ | {"PYTHONHASHSEED": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, check=True
+    )
+    assert pickle.loads(run.stdout) in {TABLEAUS["dopri5"]}
 
 
 def test_a_tableau_given_as_lists_or_arrays_equals_one_given_as_tuples():
