@@ -42,6 +42,7 @@ FRAMES, FRAME_GRID = 40, 64  # of an animation, and cells a side of its densitie
 CURVE = 500  # points of the density in one dimension
 NLL = "validation NLL (nats)"
 GRID = 200  # and on each side in two
+INVISIBLE = 1e-6  # mass of 5 × 5 cells of it
 NEAREST, LEAST_NEAREST = 0.05, 50  # of the rows, by their contexts, beside one context's density
 
 
@@ -85,7 +86,8 @@ def density_picture(
         curve = np.exp(_array(density.log_prob(at)).astype(float))
         return line_figure(grid, curve, data, samples, title)
     extent = _extent(data, square=source.law is not None)
-    return density_figure(data, *grid_log_prob(density, extent, GRID), samples, title)
+    grid = grid_log_prob(density, extent, GRID, negligible=INVISIBLE)
+    return density_figure(data, *grid, samples, title)
 
 
 def samples_picture(flow: Flow, source: Source, seed: int = 0) -> Figure:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cnf.flow.flow import Flow
 from cnf.flow.report import (
+    INFORMED,
     Report,
     grid_log_prob,
     grid_mass,
@@ -115,6 +116,51 @@ def test_the_grid_has_its_first_row_at_the_bottom() -> None:
     corner = law.log_prob(torch.tensor([[0.5, -7.0]]))  # the midpoint of the lowest left cell
     assert grid[0, 0] == pytest.approx(float(corner))
     assert grid.argmax() == 12  # highest at the top left, nearest to the origin
+
+
+def test_a_grid_is_fine_where_the_density_is() -> None:
+    class Counting(Normal):
+        rows = 0
+
+        def log_prob(self, value: Tensor, return_info: bool = False) -> Any:
+            self.rows += len(value)
+            return super().log_prob(value, return_info)
+
+    law, extent = Counting(2, 0.4), (-4.0, 4.0, -4.0, 4.0)
+    whole, _ = grid_log_prob(law, extent, 100)
+    law.rows = 0
+    grid, _ = grid_log_prob(law, extent, 100, negligible=1e-6)
+    assert law.rows < 4000
+    visible = whole > whole.max() - 9
+    assert np.array_equal(grid[visible], whole[visible]) and visible.sum() > 500
+    assert (grid[~visible] < whole.max() - 8).all()
+    assert np.exp(grid).sum() * 0.08**2 == pytest.approx(1.0, abs=1e-4)
+
+
+def test_what_is_not_a_number_is_looked_at_closely() -> None:
+    class Torn(Normal):
+        def log_prob(self, value: Tensor, return_info: bool = False) -> Any:
+            found = super().log_prob(value)
+            return torch.where(value[:, 0] > 2.0, math.nan, found)
+
+    whole, _ = grid_log_prob(Torn(2, 0.3), (-4.0, 4.0, -4.0, 4.0), 50)
+    grid, _ = grid_log_prob(Torn(2, 0.3), (-4.0, 4.0, -4.0, 4.0), 50, negligible=1e-6)
+    assert np.array_equal(np.isnan(grid), np.isnan(whole)) and np.isnan(grid).any()
+
+
+def test_the_integration_error_is_that_of_rows_from_end_to_end() -> None:
+    class Rising(Normal):
+        def log_prob(self, value: Tensor, return_info: bool = False) -> Any:
+            found = super().log_prob(value, return_info)
+            if return_info:
+                assert len(value) <= INFORMED
+                found[1].integration_error = value[:, 0]
+            return found
+
+    x = torch.linspace(0.0, 1.0, 5 * INFORMED)[:, None]
+    report = held_out(Rising(1), x)
+    assert report.rows == 5 * INFORMED
+    assert report.integration_error == pytest.approx(0.5, abs=1e-3)
 
 
 def test_the_round_trip_is_the_worst_one_in_both_units() -> None:
