@@ -2,7 +2,7 @@
 
 Σ a_ij k_j of every stage still to come, Σ b_j k_j and the error's share a buffer, a row each, and
 a slope is added to all rows, times its column of weights.  A call on a few thousand numbers takes
-as long as on one: a step of dopri5 then has 15 of them in the place of 26.  A large state is bound
+as long as on one: a step of dopri5 then has 14 of them in the place of 26.  A large state is bound
 by memory, where rows that are written again and again cost more than they save.
 """
 
@@ -18,8 +18,6 @@ from cnf.ode.tableau import Tableau
 from cnf.ode.tangent import is_exported, is_forward, is_transformed
 
 MOST = 4_096  # numbers of a state that is small
-
-
 KEPT = 16  # buffers, each of another shape
 Buffer = tuple[Tensor, tuple[Tensor, ...]]  # the sums, and each of its rows
 
