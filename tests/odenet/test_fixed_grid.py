@@ -24,7 +24,7 @@ def field(t, y):
 def test_it_computes_what_the_block_computes(method: str, steps: dict, t: tuple) -> None:
     block = ODEBlock(field, t, method=method, **steps)
     grid, y = FixedGrid(block), torch.randn(4, 3)
-    assert torch.allclose(grid(y), block(y), rtol=1e-6, atol=1e-6)
+    assert torch.allclose(grid(y), block(y), rtol=1e-5, atol=1e-5)  # sums in another order
     assert block.stats is not None and grid.nfe == block.stats.nfe
 
 
