@@ -424,13 +424,13 @@ def table(arguments: argparse.Namespace, out: Path) -> None:
     kept = {key: rows[key] for key in wanted if key in rows}
     for label in sorted({row["machine"] for row in kept.values()}):
         print(label)
-    for aim in AIMS:
-        print(f"\n| seconds to {aim:g} nats | {' | '.join(arguments.sets)} |")
-        print("|---" * (len(arguments.sets) + 1) + "|")
-        for method in arguments.methods:
-            cells = (cell(kept, name, method, aim, arguments) for name in arguments.sets)
-            print(f"| {method} | {' | '.join(cells)} |")
-    print("\nmedians over seeds; –: not measured")
+    aims = " / ".join(f"{aim:g}" for aim in AIMS)
+    print(f"\n| seconds to {aims} nats | {' | '.join(arguments.methods)} |")
+    print("|---" * (len(arguments.methods) + 1) + "|")
+    for name in arguments.sets:
+        cells = (cell(kept, name, method, arguments.seeds) for method in arguments.methods)
+        print(f"| {name} | {' | '.join(cells)} |")
+    print("\nmedians over seeds; –: not in time, and the last gap where none was; ?: not measured")
     missing = [key for key in wanted if key not in kept]
     if missing:
         print(f"missing: {len(missing)} of {len(wanted)}:")
@@ -444,19 +444,21 @@ def table(arguments: argparse.Namespace, out: Path) -> None:
 
 
 def cell(
-    kept: dict[tuple[str, int, str], dict[str, Any]],
-    name: str,
-    method: str,
-    aim: float,
-    arguments: argparse.Namespace,
+    kept: dict[tuple[str, int, str], dict[str, Any]], name: str, method: str, seeds: Sequence[int]
 ) -> str:
-    """The median over the seeds that were run; where it lies beyond the cap, "> cap"."""
-    rows = [kept[key] for seed in arguments.seeds if (key := (name, seed, method)) in kept]
+    """Medians over the seeds that were run, of the seconds to each aim."""
+    rows = [kept[key] for seed in seeds if (key := (name, seed, method)) in kept]
     if not rows:
-        return "–"
-    times = [time_to([Look(*look) for look in row["looks"]], aim) for row in rows]
-    seconds = statistics.median_high([math.inf if s is None else s for s in times])
-    return shown(seconds, max(row["cap"] for row in rows))
+        return "?"
+    looks = [[Look(*look) for look in row["looks"]] for row in rows]
+    times = []
+    for aim in AIMS:
+        found = [time_to(each, aim) for each in looks]
+        times.append(statistics.median_high([math.inf if s is None else s for s in found]))
+    if not math.isfinite(min(times)):
+        gap = statistics.median([each[-1].gap if each else math.nan for each in looks])
+        return f"– ({gap:.2f})"
+    return " / ".join(f"{s:.0f}" if math.isfinite(s) else "–" for s in times)
 
 
 COLORS = {"cnf": "#1f5fd0", "cnf, ML only": "#6aa5f0", "zuko CNF": "#d0651f", "FFJORD": "#4b9e5f"}
