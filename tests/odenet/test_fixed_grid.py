@@ -23,8 +23,8 @@ def field(t, y):
 @pytest.mark.parametrize("method", ["euler", "midpoint", "rk4", "dopri5", "tsit5"])
 def test_it_computes_what_the_block_computes(method: str, steps: dict, t: tuple) -> None:
     block = ODEBlock(field, t, method=method, **steps)
-    grid, y = FixedGrid(block), torch.randn(4, 3)
-    assert torch.allclose(grid(y), block(y), rtol=1e-5, atol=1e-5)  # sums in another order
+    grid, y = FixedGrid(block), torch.randn(4, 3, dtype=torch.float64)
+    assert torch.allclose(grid(y), block(y), rtol=1e-13, atol=1e-13)  # sums in another order
     assert block.stats is not None and grid.nfe == block.stats.nfe
 
 
