@@ -25,6 +25,7 @@ from cnf.ode.tableau import Tableau
 from cnf.replace import replacing
 
 FORMAT = 2  # of the file; raised when an older reader would misread it
+ADDED = (".sines",)  # endings of names that older files lack: the settings say the same
 VALUES = {
     kind.__name__: kind
     for kind in (
@@ -176,7 +177,8 @@ def fill(
     Raises InputError where names or shapes differ, or a value is not finite.
     """
     expected = module.state_dict()
-    missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    missing = {name for name in expected.keys() - tensors.keys() if not name.endswith(ADDED)}
+    unknown = tensors.keys() - expected.keys()
     if missing or unknown:
         raise InputError(
             f"{path} does not fit the {model.name}: missing {sorted(missing)[:3]}, unknown "

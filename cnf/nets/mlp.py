@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +50,11 @@ class MLP(nn.Module):
             raise ValueError(
                 f"unknown activation {activation!r}; known are {', '.join(ACTIVATIONS)}"
             )
-        first = activation if bandwidth is None else "sin"
-        self.activations = (first, *[activation] * (len(hidden) - 1))
+        self._layer_activations = (activation,) * len(hidden)
+        # stored beside the weights, which mean something else with the other first activation
+        self.register_buffer("sines", torch.tensor(bandwidth is not None))
+        self.sines: Tensor
+        self.activations = self._named_activations()
         widths = [dim, *hidden]
         self.weights = nn.ParameterList(
             nn.Parameter(torch.empty(rows, columns)) for columns, rows in pairwise(widths)
@@ -63,6 +67,20 @@ class MLP(nn.Module):
     @property
     def dim(self) -> int:
         return self.out.shape[0]
+
+    def _named_activations(self) -> tuple[str, ...]:
+        """Of each hidden layer; on the host, since every call asks for them."""
+        return ("sin", *self._layer_activations[1:]) if self.sines else self._layer_activations
+
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any
+    ) -> None:
+        """Weights and the first activation that they are for; weights stored without are taken to
+        be for the one that is here.
+        """
+        state_dict.setdefault(prefix + "sines", self.sines)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.activations = self._named_activations()
 
     @torch.no_grad()
     def _initialize(self, bandwidth: tuple[float, float] | None) -> None:

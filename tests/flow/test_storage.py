@@ -404,3 +404,32 @@ def test_a_base_s_seed_is_no_size(tmp_path):
     flow = Flow(2, hidden=(8,), base=cnf.GaussianMixture(2, components=2, seed=2**40))
     flow.save(path)
     torch.testing.assert_close(Flow.load(path).base.mean, flow.base.mean)
+
+
+@pytest.mark.parametrize("bandwidths", [(None, (0.5, 6.0)), ((0.5, 6.0), None)])
+def test_weights_bring_the_first_activation_that_they_are_for(bandwidths):
+    """A fit chooses it, so that whoever makes the flow again cannot know."""
+    one, other = (Flow(2, hidden=(5, 4), bandwidth=wanted) for wanted in bandwidths)
+    nn.init.normal_(one.field.out)
+    other.load_state_dict(one.state_dict())
+    x = torch.randn(7, 2)
+    assert torch.equal(other.log_prob(x), one.log_prob(x))
+
+
+def test_weights_stored_without_their_first_activation_are_for_that_of_the_settings(tmp_path):
+    flow = Flow(2, hidden=(5, 4), bandwidth=None)
+    nn.init.normal_(flow.field.out)
+    flow.save(tmp_path / "new.safetensors")
+    with safe_open(tmp_path / "new.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = file.metadata()
+    del tensors["field.sines"]
+    save_file(tensors, tmp_path / "old.safetensors", header)
+    x = torch.randn(7, 2)
+    assert torch.equal(Flow.load(tmp_path / "old.safetensors").log_prob(x), flow.log_prob(x))
+
+
+def test_a_file_of_images_is_said_to_be_one(tmp_path):
+    cnf.ImageFlow((1, 4, 4), width=4).save(tmp_path / "digits.safetensors")
+    with pytest.raises(InputError, match=r"holds an image flow; read it by cnf\.ImageFlow\.load"):
+        Flow.load(tmp_path / "digits.safetensors")
