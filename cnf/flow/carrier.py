@@ -146,10 +146,10 @@ class Carrier(nn.Module):
         told = self.told(context, training)
         if told is None:
             return Conditioned(field)
-        given = embedded(self.field, told)
+        given = embedded(field, told)
         if guidance is None or guidance == 1:
             return Conditioned(field, (given,), told)
-        none = embedded(self.field, self.told_nothing(told))
+        none = embedded(field, self.told_nothing(told))
         return Conditioned(guided(field, guidance), (given, none), told)
 
     def chosen_divergence(self) -> Divergence:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnf.flow.report import Given, LearnedDensity, grid_mass, round_trip_error
+from cnf.training.mode import InMode
 
 ROWS = 500  # that are looked at
 CELLS = 400  # a side, of the grid on which the mass is found
@@ -38,10 +39,6 @@ class Checkable(Protocol):
     def encode(self) -> Any: ...
     @property
     def decode(self) -> Any: ...
-    @property
-    def train(self) -> Any: ...
-    @property
-    def modules(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -224,12 +221,10 @@ def _neighbours(flow: Checkable, x: Tensor, context: Tensor | None, log_prob: Te
 
 def _modes(flow: Checkable, x: Tensor, context: Tensor | None) -> Finding:
     """The same rows in train() and in eval()."""
-    modes = [(part, part.training) for part in flow.modules()]
-    try:
-        values = [flow.train(mode).log_prob(x, context) for mode in (True, False)]
-    finally:
-        for part, training in modes:
-            part.training = training
+    values, module = [], cast(nn.Module, flow)
+    for training in (True, False):
+        with InMode(module, training):
+            values.append(flow.log_prob(x, context))
     return _same("modes", values[0] - values[1], "between train() and eval()", flow)
 
 

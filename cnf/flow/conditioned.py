@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cnf.flow.divergence import KnowsDivergence, VectorField, push
 from cnf.ode.field import is_row_wise
+from cnf.training.mode import InMode
 
 
 class Conditioned(NamedTuple):
@@ -129,6 +130,8 @@ class Undisturbed:
         self._field: Any = field
         self.__name__ = type(field).__name__
         self.row_wise = is_row_wise(field)
+        if callable(embed := getattr(field, "embed", None)):
+            self.embed = partial(self._call, embed)
 
     def __call__(self, t: Tensor, x: Tensor, *rows: Tensor) -> Tensor:
         return self._call(self._field, t, x, *rows)
@@ -142,13 +145,8 @@ class Undisturbed:
         return self._field.parameters()
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        modes = [(part, part.training) for part in self._field.modules()]
-        self._field.eval()
-        try:
+        with InMode(self._field, training=False):
             return function(*arguments)
-        finally:
-            for part, training in modes:
-                part.training = training
 
 
 class UndisturbedClosedForm(Undisturbed):

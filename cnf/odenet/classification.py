@@ -15,6 +15,7 @@ from torch.nn import functional
 from cnf.error import InputError
 from cnf.ode.integrate import Stats
 from cnf.odenet.block import blocks_of
+from cnf.training.mode import InMode
 from cnf.training.ranks import current
 
 BATCH = 500  # images that are judged at once
@@ -103,17 +104,12 @@ def judge(net: nn.Module, images: Tensor, labels: Tensor, batch: int = BATCH) ->
     """
     start = time.perf_counter()
     device = next(net.parameters()).device
-    training = net.training
-    net.eval()
     logits, counts = [], []
     ranks = current()
-    try:
-        with ranks.agreeing():
-            for part in images[ranks.share(len(images))].split(batch):
-                logits.append(net(part.to(device)).cpu())
-                counts.append(spent(stats_of(net), "nfe"))
-    finally:
-        net.train(training)
+    with InMode(net, training=False), ranks.agreeing():
+        for part in images[ranks.share(len(images))].split(batch):
+            logits.append(net(part.to(device)).cpu())
+            counts.append(spent(stats_of(net), "nfe"))
     found = ranks.whole(torch.cat(logits), len(images))
     predictions, classes = found.argmax(1), found.shape[1]
     pairs = torch.bincount(classes * labels + predictions, minlength=classes**2)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cnf.error import InputError
 from cnf.odenet.classification import BATCH
+from cnf.training.mode import InMode
 
 CHUNK = 256  # images that are compared with all others at once
 
@@ -30,15 +31,14 @@ def seen(net: nn.Module, images: Tensor, batch: int = BATCH) -> Seen:
     The features are what its last linear layer is given.
     """
     last = [part for part in net.modules() if isinstance(part, nn.Linear)][-1]
-    device, training = next(net.parameters()).device, net.training
+    device = next(net.parameters()).device
     features: list[Tensor] = []
     hook = last.register_forward_pre_hook(lambda _, given: features.append(given[0].cpu().double()))
-    net.eval()
     try:
-        logits = [net(part.to(device)).cpu() for part in images.split(batch)]
+        with InMode(net, training=False):
+            logits = [net(part.to(device)).cpu() for part in images.split(batch)]
     finally:
         hook.remove()
-        net.train(training)
     return Seen(torch.cat(logits).argmax(1), torch.cat(features))
 
 

@@ -479,3 +479,26 @@ def test_a_conditional_field_and_base_of_ones_own_serve_together():
     context = torch.randn(3, dtype=F64)
     x, log_prob = flow.sample(6, context, return_log_prob=True, seed=0)
     assert torch.allclose(flow.log_prob(x, context), log_prob, atol=1e-3)
+
+
+class Dropping(nn.Module):
+    """A field whose part that is asked ahead of a solve drops units in train()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 8)
+        self.outer = nn.Linear(8, 2)
+
+    def embed(self, context):
+        return nn.functional.dropout(torch.tanh(self.inner(context)), 0.5, self.training)
+
+    def forward(self, t, x, given):
+        return torch.tanh(x + self.outer(given))
+
+
+def test_what_is_asked_ahead_of_a_solve_does_not_depend_on_the_mode():
+    flow = Flow(2, context=3, field=Dropping()).train()
+    x, context = torch.randn(6, 2), torch.randn(6, 3)
+    found = flow.log_prob(x, context)
+    assert torch.equal(flow.log_prob(x, context), found) and flow.field.training
+    assert torch.equal(flow.eval().log_prob(x, context), found)
