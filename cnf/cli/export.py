@@ -60,6 +60,7 @@ def _budgeted(net: nn.Module, arguments: Namespace) -> None:
     for block in blocks:
         if arguments.method is not None:
             block.method = arguments.method
+        block.gradient = "checkpoint"  # the reversible scheme is no plain grid
         block.nfe = arguments.nfe
         _ = block.control  # raises where the budget pays for no step
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from cnf.error import InputError, whole_number
 from cnf.flow.continuous import Solver
 from cnf.ode.control import Adaptive, FixedStep
+from cnf.ode.gradient.reversible import is_reversible
 from cnf.ode.tableau import TABLEAUS, Tableau
 
 METHODS = ("euler", "midpoint", "rk4", "dopri5")  # that a trade-off compares
@@ -35,11 +36,12 @@ def with_budget(solver: Solver, nfe: int | None, method: str | Tableau | None = 
         return solver
     nfe = whole_number("nfe", nfe, 1)
     tableau = _explicit(_usual(nfe) if method is None else method)
-    steps = nfe // tableau.used_stages
+    each = tableau.used_stages * (2 if is_reversible(solver.gradient) else 1)
+    steps = nfe // each
     if steps < 1:
         raise InputError(
-            f"nfe={nfe} is less than the {tableau.used_stages} evaluations that one step of "
-            f"{tableau.name!r} takes; give more, or a method of fewer stages such as 'euler'"
+            f"nfe={nfe} is less than the {each} evaluations that one step of {tableau.name!r} "
+            "takes; give more, or a method of fewer stages such as 'euler'"
         )
     return replace(solver, method=tableau.name if method is None else method,
                    control=FixedStep(1 / steps))  # fmt: skip

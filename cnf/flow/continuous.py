@@ -12,6 +12,7 @@ from cnf.flow.divergence import Divergence, VectorField
 from cnf.ode.control import Adaptive, Control, FixedStep
 from cnf.ode.field import is_row_wise
 from cnf.ode.gradient.problem import Gradient
+from cnf.ode.gradient.reversible import is_reversible
 from cnf.ode.integrate import Stats
 from cnf.ode.method import Method
 from cnf.ode.solution import check_settings, solve
@@ -69,9 +70,11 @@ class Solver:
         """The same with a step size for every row, so that no row's result depends on another.
 
         rows: what else the field takes of every row.  Fixed steps do not depend on the rows anyway;
-        a field that cannot be asked at a time of each row's own keeps the steps that all share.
+        a field that cannot be asked at a time of each row's own, and a gradient that goes back over
+        the whole batch, keep the steps that all share.
         """
-        if isinstance(self.control, FixedStep) or not takes_row_times(field, x, rows):
+        shared = isinstance(self.control, FixedStep) or is_reversible(self.gradient)
+        if shared or not takes_row_times(field, x, rows):
             return self
         return replace(self, control=replace(self.control, per_sample=True))
 

@@ -14,7 +14,7 @@ from cnf.ode.choice import choose_method
 from cnf.ode.control import Adaptive, Control, FixedStep
 from cnf.ode.field import UserField, is_row_wise
 from cnf.ode.gradient.problem import Gradient
-from cnf.ode.gradient.reversible import Reversible
+from cnf.ode.gradient.reversible import is_reversible
 from cnf.ode.integrate import Stats
 from cnf.ode.method import ExplicitRungeKutta, Method
 from cnf.ode.solution import Solution, check_settings, solve
@@ -270,8 +270,7 @@ def evaluations_of_a_step(method: Method, gradient: str | Gradient = "checkpoint
             f"a step of {method.name} has no fixed number of evaluations, so it takes no budget "
             "nfe=; give step_size= or rtol=, or take an explicit Runge–Kutta method"
         )
-    coupled = gradient == "reversible" or isinstance(gradient, Reversible)
-    return method.tableau.used_stages * (2 if coupled else 1)
+    return method.tableau.used_stages * (2 if is_reversible(gradient) else 1)
 
 
 def _cheaper(budget: int, gradient: str | Gradient) -> str:

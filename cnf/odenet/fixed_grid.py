@@ -13,6 +13,7 @@ from cnf.error import InputError
 from cnf.ode.choice import choose_method
 from cnf.ode.control import FixedStep
 from cnf.ode.field import Evaluation
+from cnf.ode.gradient.reversible import is_reversible
 from cnf.ode.method import ExplicitRungeKutta
 from cnf.ode.state import Leaves
 from cnf.odenet.block import ODEBlock, blocks_of
@@ -23,7 +24,7 @@ class FixedGrid(nn.Module):
 
     block: of an explicit method and fixed steps (step_size, or nfe), over one tensor.  The field is
     the block's own, not a copy.
-    Raises InputError for blocks of adaptive steps or another method.
+    Raises InputError for blocks of adaptive steps, of times to land on, or of another method.
     """
 
     def __init__(self, block: ODEBlock) -> None:
@@ -33,6 +34,13 @@ class FixedGrid(nn.Module):
             raise InputError(
                 "adaptive steps depend on the input and are no fixed grid; set block.nfe or "
                 "block.step_size"
+            )
+        if control.land_on or control.jumps:
+            raise InputError("a fixed grid has no steps between; leave land_on= and jumps= out")
+        if is_reversible(block.gradient):
+            raise InputError(
+                "the reversible gradient solves by a scheme of its own, which is no plain grid; "
+                "set block.gradient = 'checkpoint', and then block.nfe"
             )
         if not isinstance(method, ExplicitRungeKutta):
             raise InputError(f"{method.name} is no explicit Runge–Kutta method; set block.method")

@@ -98,7 +98,8 @@ PAPER: dict[str, Any] = {
 DIGITS: dict[str, Any] = {
     "stem": "fine", "shift": 1, "validation": 270, "epochs": 60, "batch_size": 32
 }  # fmt: skip
-PRESETS: dict[str, dict[str, Any]] = {"quick": {}, "paper": PAPER}
+QUICK = "quick"  # the preset where none is named
+PRESETS: dict[str, dict[str, Any]] = {QUICK: {}, "paper": PAPER}
 
 
 def chosen(preset: str, given: dict[str, Any]) -> Settings:

@@ -147,3 +147,15 @@ def test_a_conditional_flow_has_a_tradeoff(monkeypatch):
 def test_one_row_is_too_few():
     with pytest.raises(InputError, match="give at least 2"):
         shaken().tradeoff(torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("gradient", ["reversible", cnf.Reversible(every=3)])
+def test_the_reversible_method_keeps_to_a_budget_and_solves_by_its_own_steps(gradient):
+    flow = shaken(gradient=gradient, seed=0)
+    x = torch.randn(5, 2)
+    log_prob, info = flow.log_prob(x, nfe=8, return_info=True)
+    assert 4 < info.nfe <= 8 and torch.isfinite(log_prob).all()
+    assert torch.allclose(flow.log_prob(x), shaken(seed=0).log_prob(x), atol=5e-3)
+    assert flow.sample(3, seed=0).shape == (3, 2)
+    with pytest.raises(InputError, match="less than the 8 evaluations that one step of 'rk4'"):
+        flow.log_prob(x, nfe=7, method="rk4")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from cnf.error import InputError
+from cnf.ode.control import FixedStep
 from cnf.odenet.block import ODEBlock
 from cnf.odenet.fixed_grid import FixedGrid, exported, unrolled, write_program
 from cnf.odenet.network import ODENet, Perceptron
@@ -55,3 +56,12 @@ def test_a_program_takes_batches_of_any_size() -> None:
     for count in (1, 2, 5):
         images = torch.rand(count, 1, 8, 8)
         assert torch.allclose(program(images), net(images), atol=1e-5)
+
+
+def test_steps_that_are_no_plain_grid_are_refused() -> None:
+    with pytest.raises(InputError, match="the reversible gradient solves by a scheme of its own"):
+        FixedGrid(ODEBlock(field, method="midpoint", nfe=8, gradient="reversible"))
+    for more in ({"land_on": (0.3,)}, {"jumps": (0.3,)}):
+        block = ODEBlock(field, method="midpoint", control=FixedStep(0.25, **more))
+        with pytest.raises(InputError, match="leave land_on= and jumps= out"):
+            FixedGrid(block)
