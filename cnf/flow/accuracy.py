@@ -77,12 +77,24 @@ class Info:
 
 
 class Request(NamedTuple):
-    """How log-densities are wanted; error: the most nats that each may be off, or None."""
+    """How log-densities are wanted; error: the most nats that each may be off, or None; budget: the
+    number of evaluations that the solver was made of, or None.
+    """
 
     divergence: Divergence
     solver: Solver
     guidance: float | None = None
     error: float | None = None
+    budget: int | None = None
+
+    def within(self, error: Any) -> Request:
+        """The same to an error in nats, if there is one; raises InputError for no number of nats,
+        and beside a budget.
+        """
+        error = checked_error(error)
+        if error is not None and self.budget is not None:
+            raise InputError("nfe= is a budget and error= an aim: give one of them")
+        return self._replace(error=error)
 
 
 class Valued(NamedTuple):

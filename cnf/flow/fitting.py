@@ -50,14 +50,18 @@ class Origin:
         return self._path is None
 
     def add(self, settings: dict[str, Any]) -> None:
-        """Settings that are known now; refused where the fit that goes on had others."""
+        """Settings that are known now; refused where the fit that goes on had others.
+
+        What an older version did not write down is taken to be the same.
+        """
         if self._path is None:
             self.settings |= settings
             return
         for name, value in settings.items():
-            kept = self.settings.get(name)
+            kept = self.settings.get(name, value)
             if kept != value:
-                what = "to other data" if name == "data" else f"with {name}={kept!r}, not {value!r}"
+                same = f"{name.removesuffix('=)')}={kept!r}, not {value!r}"
+                what = "to other data" if name.endswith("data") else f"with {same}"
                 raise InputError(
                     f"{self._path} is of a fit {what}; give the same again, or begin a new one"
                 )

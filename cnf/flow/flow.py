@@ -19,7 +19,6 @@ from cnf.error import InputError, whole_number
 from cnf.flow.accuracy import (
     Info,
     Request,
-    checked_error,
     evaluated,
     in_double,
     joined,
@@ -36,6 +35,7 @@ from cnf.flow.recipe import fit_flow
 from cnf.flow.regularizer import Regularizer
 from cnf.flow.setting import checked_guidance
 from cnf.flow.storage import damaged, fill, read, write
+from cnf.flow.transform import refuse_constant
 from cnf.flow.transport import OwnField, Transport
 from cnf.flow.variational import fit_flow_to_density
 from cnf.ode.tableau import Tableau
@@ -69,10 +69,10 @@ class Flow(Transport):
     (low, high), numbers or one for each column, None or inf for no end; divergence: "auto" (the
     closed form where the field has one, else exact tangents), or a ClosedForm, Tangents or
     Hutchinson; whiten: whether `fit` puts the data's affine whitening inside the flow; marginals:
-    "auto" lets it put a monotone map of every column before that where rows held out say so (skewed
-    columns, columns with edges), None does not; method, step_size, rtol, atol, gradient: as for
-    `solve`; logdet_atol: the tolerance of log-densities in nats per step; seed: of the initial
-    weights.  An untrained flow is the identity: its density is the base's.
+    "auto" lets it put a monotone map of every column before the whitening where rows held out say
+    so (skewed columns, columns with edges), None does not; method, step_size, rtol, atol, gradient:
+    as for `solve`; logdet_atol: the tolerance of log-densities in nats per step; seed: of the
+    initial weights.  An untrained flow is the identity: its density is the base's.
     Source: Chen et al. 2018, section 4; Grathwohl et al. 2019.
 
     >>> flow = Flow(2, seed=0)
@@ -131,7 +131,7 @@ class Flow(Transport):
         have −∞.  Raises InputError for a wrong width or values that are not finite.
         """
         batch = as_batch(x, self.kind, context, self.context)
-        request = self._request(error=error, **how)
+        request = self._request(**how).within(error)
         chunks = batch.chunks(whole_number("chunk", chunk, 1))
         if not return_info and request.error is None:
             parts = [evaluated(self, *rows, request)[0] for rows in chunks]
@@ -164,7 +164,10 @@ class Flow(Transport):
         """
         batch = as_batch(x, self.kind, context, self.context)
         request = self._request(**how)
-        parts = [self.encoded(*rows, request, return_logdet) for rows in batch.chunks(CHUNK)]
+        parts: list[tuple[Tensor, Tensor]] = []
+        for i, (rows, given) in enumerate(batch.chunks(CHUNK)):
+            self.support.refuse_outside(rows, first=i * CHUNK)
+            parts.append(self.encoded(rows, given, request, return_logdet))
         z = torch.cat([z for z, _ in parts]).reshape(*batch.shape, self.dim)
         if not return_logdet:
             return z
@@ -421,8 +424,9 @@ class Flow(Transport):
         """This flow with its maps set from data (rows, dim): the columns' own, if any are called
         for, then an affine one of full covariance, shrunk; contexts are standardized.
         """
-        rows = as_rows(x, self.dim, dtype=self.dtype)
+        rows = as_rows(x, self.dim, dtype=self.dtype, device=self.device)
         self.support.refuse_outside(rows)
+        refuse_constant(rows)
         given = shaped_context(context, self.kind, self.context)
         if self.contexts is not None and given is not None:
             self.contexts.fit(given.reshape(-1, self.context))
@@ -452,6 +456,8 @@ class Flow(Transport):
         is missing, damaged or of another kind.
         """
         settings, tensors = read(path)
+        if "image" in settings:
+            raise InputError(f"{path} holds an image flow; read it by cnf.ImageFlow.load")
         for name, own in (("field", field), ("base", base)):
             if (stored := settings.pop(f"own_{name}", None)) and own is None:
                 raise InputError(
@@ -477,12 +483,8 @@ class Flow(Transport):
         nfe: int | None = None,
         method: str | Tableau | None = None,
         guidance: float | None = None,
-        error: float | None = None,
     ) -> Request:
         """The solver and the field that were asked for, checked."""
-        error = checked_error(error)
-        if nfe is not None and error is not None:
-            raise InputError("nfe= is a budget and error= an aim: give one of them")
         weight = checked_guidance(guidance, self.context, self.context_dropout)
         solver = with_budget(self.solver, nfe, method)
-        return Request(self.chosen_divergence(), solver, weight, error)
+        return Request(self.chosen_divergence(), solver, weight, budget=nfe)

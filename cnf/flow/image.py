@@ -218,9 +218,8 @@ class ImageFlow(Carrier):
         Raises InputError for images or labels that cannot be meant.
         """
         pixels, column = self._given(images, labels)
-        request = self.request(
-            probes=probes, probe_seed=seed if probe_seed is None else probe_seed, error=error, **how
-        )
+        noise = seed if probe_seed is None else probe_seed
+        request = self.request(probes=probes, probe_seed=noise, **how).within(error)
         size = whole_number("chunk", chunk, 1)
         if not return_info and request.error is None:
             return self.log_prob_of_pixels(pixels, column, request, seed, size)
@@ -467,6 +466,7 @@ class ImageFlow(Carrier):
         """Labels (batch, 1), −1 where they are withheld."""
         if context is None or not self.classes:
             return None
+        context = context.to(self.dtype)  # pixels before their maps are wider
         if not (training and self.label_dropout):
             return context
 
@@ -525,7 +525,7 @@ class ImageFlow(Carrier):
             move_flow(self, device)
         if seconds is None and steps is None:
             seconds = SECONDS
-        seconds, steps = checked_budget(seconds, steps, lr)
+        seconds, steps, lr = checked_budget(seconds, steps, lr).or_default()
         given = {"method": method, "steps": steps, "lr": lr, "lr_ml": lr, "batch_size": batch_size}
         settings = image_settings({k: v for k, v in given.items() if v is not None})
         with seeded(seed, self.device):
@@ -653,18 +653,14 @@ class ImageFlow(Carrier):
         nfe: int | None = None,
         method: str | Tableau | None = None,
         guidance: float | None = None,
-        error: float | None = None,
     ) -> Request:
         """The solver, the field and the trace's noise that were asked for, checked."""
-        error = checked_error(error)
-        if nfe is not None and error is not None:
-            raise InputError("nfe= is a budget and error= an aim: give one of them")
         weight = checked_guidance(guidance, self.classes, self.label_dropout)
         divergence = self.chosen_divergence()
         if isinstance(divergence, Hutchinson):
             count = max(whole_number("probes", probes, 1), divergence.probes)
             divergence = replace(divergence, probes=count, seed=whole_number("seed", probe_seed, 0))
-        return Request(divergence, with_budget(self.solver, nfe, method), weight, error)
+        return Request(divergence, with_budget(self.solver, nfe, method), weight, budget=nfe)
 
     def _given(self, images: Any, labels: Any) -> tuple[Tensor, Tensor | None]:
         """Rows of whole numbers (n, dim), and labels (n, 1) or None."""
@@ -689,7 +685,8 @@ class ImageFlow(Carrier):
             given = None if column is None else column[start : start + size]
             divergence = request.divergence
             if isinstance(divergence, Hutchinson):
-                divergence = KeyedHutchinson(divergence.probes, seed=divergence.seed, keys=keys)
+                probes, law, noise = divergence.probes, divergence.law, divergence.seed
+                divergence = KeyedHutchinson(probes, law, noise, keys)
             yield x, given, request._replace(divergence=divergence)
 
     def _no_points(self) -> Tensor:

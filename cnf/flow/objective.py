@@ -16,6 +16,7 @@ from cnf.flow.continuous import Moved, Solver
 from cnf.flow.coupling import Coupling, choose_coupling
 from cnf.flow.divergence import Divergence, Hutchinson
 from cnf.flow.regularizer import Regularizer
+from cnf.flow.transform import Support
 from cnf.ode.control import Adaptive
 from cnf.ode.integrate import Stats
 from cnf.training.captured import Captured
@@ -205,7 +206,10 @@ def _taken(flow: Trainable, x: Any, context: Any) -> tuple[Tensor, Tensor | None
     Raises InputError for a wrong width, values that are not finite, or a context that is missing.
     """
     batch = as_batch(x, flow.kind, context, flow.context)
-    return next(batch.chunks(max(1, len(batch.x))))
+    rows, given = next(batch.chunks(max(1, len(batch.x))))
+    if isinstance(support := getattr(flow, "support", None), Support):
+        support.refuse_outside(rows)
+    return rows, given
 
 
 def drawn_late(u: Tensor, late: float) -> Tensor:

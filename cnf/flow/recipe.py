@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import replace
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from cnf.flow.fitting import Fitting, Origin, Validation, digest, in_parts
 from cnf.flow.objective import FlowMatching, MaximumLikelihood
 from cnf.flow.pilot import pilot_plan
 from cnf.flow.regularizer import Regularizer
-from cnf.flow.split import split_rows
+from cnf.flow.split import Split, split_rows
 from cnf.training.loop import Plan, Progress
 from cnf.training.ranks import current
 from cnf.training.seed import seeded
@@ -61,14 +61,16 @@ def fit_flow(
     """Fit `flow` in place; the arguments are those of `Flow.fit`."""
     if device is not None:
         move_flow(flow, device)
+    budget = checked_budget(seconds, steps, lr)
     batch_size = BATCH if batch_size is None else whole_number("batch_size", batch_size, 1)
-    settings = {"method": method, "seconds": seconds, "steps": steps, "seed": seed, "lr": lr,
+    seed = None if seed is None else whole_number("seed", seed, 0)
+    settings = {"method": method, **budget._asdict(), "seed": seed,
                 "batch_size": batch_size, "coupling": _named(coupling),
                 "regularizer": str(regularizer or Regularizer())}  # fmt: skip
     snapshots = opened(snapshot)
     with seeded(current().seed(seed), flow.device):
         origin = Origin(flow, settings, snapshots)
-        plans = _plans(flow, method, seconds, steps, lr)
+        plans = _plans(flow, method, budget)
         objectives: dict[str, nn.Module] = {
             "fm": FlowMatching(flow, coupling=coupling),
             "ml": MaximumLikelihood(flow, tolerance=TOLERANCE, regularizer=regularizer),
@@ -77,18 +79,41 @@ def fit_flow(
         if not any(p.requires_grad for p in flow.parameters()):
             raise InputError("the flow has no parameters to fit; make its field a torch.nn.Module")
         split = split_rows(x, flow, validation, context, sample_weight)
-        if flow.whitens and not flow.whitening.is_fitted and origin.is_new:
-            flow.whiten(*in_parts(split.sample(flow), flow))
+        if origin.is_new:
+            _set_maps(flow, split)
         current().give(flow)
         score = Validation(flow, split.validation)
         weights = None if split.weights is None else digest(split.weights)
         origin.add({"rows": split.rows, "data": score.digest, "weights": weights})
+        origin.add({"training data": split.digest, **_settings_of(flow)})
         fitting = Fitting(flow, plans, objectives, split.batches(batch_size, flow), score, origin)
         records = iter(fitting) if snapshots is None else snapshots.follow(fitting, flow.device)
         try:
             follow(records, len(plans), callback, progress)
         finally:
             flow.zero_grad()  # of the field that is now in place
+
+
+def _set_maps(flow: Any, split: Split) -> None:
+    """Set the flow's maps from the data, the first time; under a trained field they stay, since
+    others would change what it has learned.
+    """
+    if flow.is_trained:
+        return
+    if flow.whitens and not flow.whitening.is_fitted:
+        flow.whiten(*in_parts(split.sample(flow), flow))
+    elif flow.contexts is not None and not flow.contexts.is_fitted:
+        flow.contexts.fit(in_parts(split.sample(flow), flow)[1])
+
+
+def _settings_of(flow: Any) -> dict[str, Any]:
+    """What the flow is, but for what a fit chooses; nothing where that cannot be written down."""
+    try:
+        config = flow.config
+    except InputError:
+        return {}
+    chosen = ("hidden", "bandwidth")
+    return {f"Flow({name}=)": value for name, value in config.items() if name not in chosen}
 
 
 def _named(coupling: str | Coupling) -> str:
@@ -107,12 +132,10 @@ def move_flow(flow: Any, device: str | torch.device) -> None:
         ) from error
 
 
-def _plans(
-    flow: Any, method: str, seconds: float | None, steps: int | None, lr: float | None
-) -> list[Plan]:
+def _plans(flow: Any, method: str, budget: Budget) -> list[Plan]:
     if method not in ("auto", "fm", "ml"):
         raise InputError(f"unknown method {method!r}; known are auto, fm, ml")
-    seconds, steps = checked_budget(seconds, steps, lr)
+    seconds, steps, lr = budget.or_default()
     whole = Plan("fm", steps=steps, seconds=seconds, lr=lr or LEARNING_RATE["fm"])
     phases = _phases(flow, method)[:steps]
     pilot = pilot_plan(flow, whole) if "fm" in phases else None
@@ -126,18 +149,30 @@ def _plans(
     return plans if pilot is None else [pilot, *plans]
 
 
-def checked_budget(
-    seconds: float | None, steps: int | None, lr: float | None
-) -> tuple[float | None, int | None]:
-    """(seconds, steps), of which one is None; raises InputError where they are no budget."""
+class Budget(NamedTuple):
+    """How long to train, in seconds or steps, and how fast; None for what is open."""
+
+    seconds: float | None
+    steps: int | None
+    lr: float | None
+
+    def or_default(self) -> Budget:
+        """The same, of SECONDS where neither seconds nor steps are given."""
+        return self if self.steps is not None else self._replace(seconds=self.seconds or SECONDS)
+
+
+def checked_budget(seconds: float | None, steps: int | None, lr: float | None) -> Budget:
+    """The budget in plain numbers, such as a file can hold; raises InputError where it is none."""
     if seconds is not None and steps is not None:
         raise InputError("seconds= and steps= are both budgets: give one of them")
     for name, value in (("seconds", seconds), ("lr", lr)):
         if value is not None and not (isinstance(value, Real) and 0 < value < float("inf")):
             raise InputError(f"{name} must be a number > 0, got {value!r}")
-    if steps is not None:
-        return None, whole_number("steps", steps, 1)
-    return seconds or SECONDS, None
+    return Budget(
+        None if seconds is None else float(seconds),
+        None if steps is None else whole_number("steps", steps, 1),
+        None if lr is None else float(lr),
+    )
 
 
 def _refuse_unused(objectives: dict[str, nn.Module], plans: list[Plan], method: str) -> None:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from cnf.data.rows import HUGE, as_rows, as_table, check_values
+from cnf.data.rows import HUGE, as_float, as_rows, as_table, blocks, check_values
 from cnf.error import InputError
 from cnf.flow.batch import Kind, shaped_context
-from cnf.flow.fitting import VALIDATION_ROWS, in_parts
+from cnf.flow.fitting import VALIDATION_ROWS, digest, in_parts
 from cnf.flow.objective import Trainable
 from cnf.flow.transform import Support
 from cnf.training.batches import Shuffled, resampled
@@ -24,6 +24,7 @@ from cnf.training.ranks import current
 WHITENING_ROWS = 200_000
 LAZY_BYTES = 2**28  # memory maps above this size stay on disk
 LEAST_ROWS = 5
+DIGESTED = 2**22  # numbers by which data are known again
 
 
 class Fittable(Trainable, Protocol):
@@ -57,6 +58,16 @@ class Split:
     def rows(self) -> int | None:
         """How many rows there are to train on, None for a law."""
         return None if isinstance(self.training, Distribution) else len(self.training)
+
+    @property
+    def digest(self) -> str | None:
+        """Of the rows to train on, of many some from end to end; None for a law."""
+        if self.rows is None or isinstance(self.training, Distribution):
+            return None
+        count = min(self.rows, max(1, DIGESTED // self.training.shape[1]))
+        chosen = np.linspace(0, self.rows - 1, count).round().astype(int)
+        rows = self.training[chosen]
+        return digest(rows if isinstance(rows, Tensor) else torch.from_numpy(as_float(rows)))
 
     def batches(self, size: int, flow: Fittable) -> Batches:
         """A function that gives the next batch at each call."""
@@ -104,6 +115,7 @@ def split_rows(
         raise InputError(f"x must have {flow.dim} columns, got {x.shape[1]}")
     if lazy:  # one look at every row now, rather than a failure in the middle
         check_values(as_table(x, "x"), "x", HUGE, [str(i) for i in range(flow.dim)])
+        _refuse_outside(x, flow.support)
     rows = x if lazy else as_rows(x, width, dtype=flow.dtype).detach().cpu()
     weights = _checked_weights(sample_weight, len(rows), lazy)
     if weights is not None:
@@ -131,6 +143,14 @@ def split_rows(
     weights = weights[order]
     judges = order[:count][resampled(weights[:count], count)]
     return Split(rows[order[count:]], rows[judges], weights[count:])
+
+
+def _refuse_outside(x: np.ndarray, support: Support) -> None:
+    """Raises InputError for the first row of a large array that is not inside the support."""
+    first = 0
+    for block in blocks(x) if not support.is_everything else ():
+        support.refuse_outside(torch.tensor(as_float(block)), first=first)
+        first += len(block)
 
 
 def _checked_weights(given: Any, rows: int, lazy: bool) -> Tensor | None:
@@ -165,7 +185,7 @@ def _is_share(validation: Any) -> bool:
 
 
 def _own_validation(validation: Any, width: int, flow: Fittable) -> Tensor:
-    own = as_rows(validation, width, name="validation", dtype=flow.dtype)
+    own = as_rows(validation, width, name="validation", dtype=flow.dtype).detach()
     flow.support.refuse_outside(own[:, : flow.dim], "validation")
     return own
 
@@ -178,15 +198,24 @@ def _split_law(law: Distribution, flow: Fittable, validation: Any, context: Any)
             "both and give fit(x, context)"
         )
     rows = _drawn_rows(law, VALIDATION_ROWS, flow)
-    flow.support.refuse_outside(rows)
     own = rows if _is_share(validation) else _own_validation(validation, flow.dim, flow)
     return Split(law, own)
 
 
 def _drawn_rows(law: Distribution, count: int, flow: Fittable) -> Tensor:
-    """Fresh rows of a law, (count, dim), on the CPU and of the flow's precision."""
+    """Fresh rows of a law, (count, dim), on the CPU and of the flow's precision.
+
+    One on an end of the support, as a uniform law draws it once in millions, is drawn again.
+    Raises InputError for one beyond it.
+    """
     with torch.no_grad():
-        return as_rows(law.sample(torch.Size([count])), flow.dim, dtype=flow.dtype, device="cpu")
+        rows = as_rows(law.sample(torch.Size([count])), flow.dim, dtype=flow.dtype, device="cpu")
+    at_end = flow.support.has_at_end(rows)
+    if at_end.any():
+        rows = rows.clone()
+        rows[at_end] = _drawn_rows(law, int(at_end.sum()), flow)
+    flow.support.refuse_outside(rows)
+    return rows
 
 
 def _with_contexts(x: Any, context: Any, validation: Any, flow: Fittable) -> tuple[Tensor, Any]:

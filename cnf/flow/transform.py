@@ -14,6 +14,17 @@ from cnf.error import InputError
 SMALLEST = 1e-8  # variance in any direction, of columns of unit variance
 
 
+def refuse_constant(x: Tensor) -> None:
+    """Raises InputError for the first column of (rows, dim) in which every row has one value."""
+    wide = x.detach().double().cpu()
+    mean, scale = wide.mean(0), wide.std(0, correction=0)
+    flat = (scale <= 1e-12 * mean.abs().clamp_min(1e-300)).nonzero().flatten().tolist()
+    if flat:
+        raise InputError(
+            f"column {flat[0]} is constant ({mean[flat[0]]:g}), so it has no density; drop it"
+        )
+
+
 class Whiten(nn.Module):
     """The affine map z = L⁻¹ (x − mean), so that data of covariance L Lᵀ becomes white.
 
@@ -37,11 +48,7 @@ class Whiten(nn.Module):
         """
         data = x.detach().double().cpu().numpy()
         mean, scale = data.mean(0), data.std(0)
-        flat = np.flatnonzero(scale <= 1e-12 * np.abs(mean).clip(1e-300))
-        if flat.size:
-            raise InputError(
-                f"column {flat[0]} is constant ({mean[flat[0]]:g}), so it has no density; drop it"
-            )
+        refuse_constant(x)
         standard = (data - mean) / scale
         from sklearn.covariance import ledoit_wolf  # here: it takes longer than all of cnf
 
@@ -50,13 +57,14 @@ class Whiten(nn.Module):
         short = max(0.0, SMALLEST - np.linalg.eigvalsh(correlation)[0])
         identity = np.eye(len(scale))
         lower = np.linalg.cholesky((correlation + short * identity) / (1 + short))
-        self.mean.copy_(torch.from_numpy(mean))
-        self.factor.copy_(torch.from_numpy(scale[:, None] * lower))
-        if not torch.isfinite(1 / self.factor.diagonal()).all():
+        factor = torch.from_numpy(scale[:, None] * lower).to(self.factor)
+        if not torch.isfinite(1 / factor.diagonal()).all():
             raise InputError(
                 f"a column's spread of {scale.min():g} is too small for {self.mean.dtype}; "
                 "multiply it by a large number"
             )
+        self.mean.copy_(torch.from_numpy(mean))
+        self.factor.copy_(factor)
         self.is_fitted.fill_(True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,14 +124,24 @@ class Support(nn.Module):
         low, high = self._tensors(wide)
         return ((wide > low) & (wide < high)).all(-1)
 
-    def refuse_outside(self, x: Tensor, name: str = "x") -> None:
-        """Raises InputError for the first value of (rows, dim) that does not lie inside."""
+    def has_at_end(self, x: Tensor) -> Tensor:
+        """Whether each row of (…, dim) has a value on an end, and none beyond one."""
+        wide = _wide(x)
+        low, high = self._tensors(wide)
+        return ((wide >= low) & (wide <= high)).all(-1) & ~self.contains(x)
+
+    def refuse_outside(self, x: Tensor, name: str = "x", first: int = 0) -> None:
+        """Raises InputError for the first value of (rows, dim) that does not lie inside.
+
+        first: the number of the first row, where x is a part of more.
+        """
         if self.is_everything or bool(self.contains(x).all()):
             return
         low, high = self._tensors(_wide(x))
         row, column = ((_wide(x) <= low) | (_wide(x) >= high)).nonzero()[0].tolist()
+        value = x[row, column].item()
         raise InputError(
-            f"{name} has {x[row, column].item():g} in row {row}, column {column}, which is not "
+            f"{name} has {value:g} in row {first + row}, column {column}, which is not "
             f"inside the support ({self.low[column]:g}, {self.high[column]:g}); drop the row, or "
             "give a wider support="
         )

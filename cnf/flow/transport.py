@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from cnf.error import InputError, checked_share, whole_number
-from cnf.flow.accuracy import Request
 from cnf.flow.base import LEARNED, LearnedBase, checked_base
 from cnf.flow.batch import Kind
 from cnf.flow.carrier import Carrier
@@ -96,12 +95,6 @@ class Transport(Carrier):
         y, logdet = self.marginals(inner)
         return self.whitening(y), edges + logdet + self.whitening.logdet()
 
-    def encoded(
-        self, x: Tensor, context: Tensor | None, request: Request, with_logdet: bool
-    ) -> tuple[Tensor, Tensor]:
-        self.support.refuse_outside(x)
-        return super().encoded(x, context, request, with_logdet)
-
     def unwhite(self, z: Tensor) -> Tensor:
         """x, (batch, dim), of what `white` made of it."""
         return self.support.invert(self.marginals.invert(self.whitening.invert(z)))
@@ -133,8 +126,12 @@ class Transport(Carrier):
     @property
     def open_shape(self) -> tuple[bool, bool]:
         """Whether a fit may choose the widths, and the bandwidth: of an untrained field alone."""
-        open_to_fit = any(self._open_shape) and not self.field.out.any()  # pyright: ignore
-        return self._open_shape if open_to_fit else (False, False)
+        return (False, False) if self.is_trained else self._open_shape
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the default field has learned anything; of one's own nobody can tell."""
+        return not self.has_own_field and bool(self.field.out.any())  # pyright: ignore
 
     def new_field(self, shape: Shape) -> MLP:
         """A default field of that shape, untrained, where the flow is and of its precision."""

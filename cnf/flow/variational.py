@@ -116,7 +116,7 @@ def fit_flow_to_density(
     """Fit `flow` in place; the arguments are those of `Flow.fit_to_density`."""
     if device is not None:
         move_flow(flow, device)
-    seconds, steps = checked_budget(seconds, steps, lr)
+    seconds, steps, lr = checked_budget(seconds, steps, lr).or_default()
     batch_size = whole_number("batch_size", batch_size, 1)
     parameters = [p for p in flow.parameters() if p.requires_grad]
     if not parameters:
@@ -145,6 +145,7 @@ def fit_flow_to_density(
         finally:
             if best.weights:
                 put(parameters, best.weights)
+            flow.whitening.is_fitted.fill_(True)  # the field has learned where it is
             flow.zero_grad()
 
 

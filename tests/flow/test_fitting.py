@@ -60,7 +60,7 @@ KINDS = {
 
 def new(kind: str) -> cnf.Flow:
     if kind == "field":
-        return cnf.Flow(2, field=Dropout(), method="rk4", step_size=0.5)
+        return cnf.Flow(2, field=Dropout(), method="rk4", step_size=0.5, gradient="backprop")
     return cnf.Flow(2, seed=0, **copy.deepcopy(KINDS[kind]))
 
 
@@ -221,7 +221,7 @@ def test_other_data_are_refused(kept: Path) -> None:
 
 
 def test_another_flow_is_refused(kept: Path) -> None:
-    with pytest.raises(InputError, match="is not of this run"):
+    with pytest.raises(InputError, match=r"is of a fit with Flow\(own_field=None, not 'cnf.nets"):
         fitted(cnf.Flow(2, field=cnf.nets.MLP(2, (3,))), kept)
 
 
@@ -262,3 +262,42 @@ def test_a_memory_map_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         flows[1].fit(x, callback=stop, snapshot=often(tmp_path / "s.pt"), **settings)
     flows[2].fit(x, snapshot=tmp_path / "s.pt", **settings)
     assert equal(flows[0], flows[2])
+
+
+def test_numbers_of_numpy_are_kept_and_read_again(tmp_path: Path) -> None:
+    settings = {"steps": np.int64(3), "lr": np.float32(1e-3), "seed": np.int64(4)}
+    settings |= {"progress": False, "snapshot": tmp_path / "s.pt"}
+    first, again = (new("closed").fit(rows(), **settings) for _ in range(2))
+    assert equal(first, again)
+
+
+@pytest.mark.parametrize("validation", [0.2, rows()[:50].clone()], ids=["share", "own"])
+def test_other_rows_to_train_on_are_refused(validation, tmp_path: Path) -> None:
+    x = rows()
+    settings = {"steps": 2, "seed": 0, "progress": False, "validation": validation}
+    new("closed").fit(x, snapshot=tmp_path / "s.pt", **settings)
+    x = x.clone()
+    x[len(x) // 2] += 1.0
+    with pytest.raises(InputError, match="is of a fit to other data"):
+        new("closed").fit(x, snapshot=tmp_path / "s.pt", **settings)
+
+
+def test_other_tolerances_are_refused(tmp_path: Path) -> None:
+    settings = {"steps": 2, "seed": 0, "progress": False, "snapshot": tmp_path / "s.pt"}
+    cnf.Flow(2, hidden=(4, 4), rtol=1e-4).fit(rows(), **settings)
+    with pytest.raises(InputError, match=r"is of a fit with Flow\(rtol=0.0001, not 1e-06"):
+        cnf.Flow(2, hidden=(4, 4), rtol=1e-6).fit(rows(), **settings)
+
+
+def test_a_snapshot_that_says_less_of_its_fit_is_gone_on_from(tmp_path: Path) -> None:
+    """As older versions wrote it."""
+    snapshots = Snapshots(tmp_path / "s.pt")
+    settings = {"steps": 2, "seed": 0, "progress": False, "snapshot": snapshots.path}
+    whole = new("closed").fit(rows(), **settings)
+    state = snapshots.read().state
+    kept = state["origin"]["settings"]
+    for name in [name for name in kept if name.startswith("Flow(") or name == "training data"]:
+        del kept[name]
+    del state["training"]["module"]["flow.field.sines"]
+    snapshots.write(state, torch.device("cpu"))
+    assert equal(new("closed").fit(rows(), **settings), whole)

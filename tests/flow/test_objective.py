@@ -316,3 +316,10 @@ def test_a_field_is_learned_from_late_times_too():
     assert all(p.grad is not None for p in flow.field.parameters())
     with pytest.raises(InputError, match=r"late must be a share from 0 to below 1, got 1\.5"):
         FlowMatching(flow, late=1.5)
+
+
+@pytest.mark.parametrize("loss", [FlowMatching, MaximumLikelihood])
+def test_rows_outside_the_support_are_refused(loss):
+    objective = loss(Flow(2, hidden=(4, 4), support=(0, 1)))
+    with pytest.raises(InputError, match="x has 5 in row 1, column 0, which is not inside"):
+        objective(torch.tensor([[0.3, 0.3], [5.0, 0.3]]))

@@ -650,3 +650,69 @@ def test_a_law_leaves_no_room_for_contexts():
 def test_a_law_is_validated_on_rows_of_ones_own():
     own = banana(50)
     assert torch.equal(split_rows(toy("moons"), tiny(), own).validation, own)
+
+
+def test_the_maps_stay_under_a_field_that_was_trained_without_them():
+    flow = tiny(hidden=(16, 16))
+    law = torch.distributions.MultivariateNormal(torch.full((2,), 2.0), 0.1 * torch.eye(2))
+    flow.fit_to_density(law.log_prob, steps=40, seed=0, progress=False)
+    x = law.sample((300,))
+    before = score(flow, x)
+    fit(flow, x, method="ml", steps=1, lr=1e-9)
+    assert abs(score(flow, x) - before) < 1e-2
+    own = tiny()
+    nn.init.normal_(own.field.out, std=0.1)  # by a loop of one's own
+    mean = own.whitening.mean.clone()
+    fit(own, x, method="ml", steps=1)
+    assert torch.equal(own.whitening.mean, mean)
+
+
+def test_contexts_are_standardized_where_rows_are_not_whitened():
+    flow = Flow(2, context=1, hidden=(8, 8), whiten=False)
+    context = 1e4 + 3 * torch.randn(300, 1)
+    flow.fit(banana() / 10, context, steps=2, seed=0, progress=False)
+    assert (flow.contexts(context).mean().abs(), flow.contexts(context).std()) < (0.1, 1.1)
+    assert not flow.whitening.is_fitted and torch.equal(flow.whitening.factor, torch.eye(2))
+
+
+def test_a_flow_whose_columns_are_changed_is_whitened_where_it_is():
+    flow = Flow(1, hidden=(4, 4)).to("meta")
+    with pytest.raises(NotImplementedError):  # not a mix of devices
+        flow.whiten(torch.randn(500, 1).exp())
+
+
+def test_a_uniform_law_may_draw_the_end_of_the_support():
+    class Edge(torch.distributions.Uniform):
+        def sample(self, shape=()):
+            x = super().sample(shape)
+            x[0] = x[0] if len(x) < 3 else 0.0
+            return x
+
+    law = torch.distributions.Independent(Edge(torch.zeros(2), torch.ones(2)), 1)
+    fit(Flow(2, hidden=(4, 4), support=(0, 1)), law, steps=2)
+    beyond = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(2), 1.0), 1)
+    with pytest.raises(InputError, match="which is not inside the support"):
+        fit(Flow(2, hidden=(4, 4), support=(0, 1)), beyond, steps=2)
+
+
+def test_a_row_of_a_memory_map_outside_the_support_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("cnf.flow.split.LAZY_BYTES", 1000)
+    monkeypatch.setattr("cnf.data.rows.BLOCK", 2 * 64)
+    x = np.random.default_rng(0).uniform(0.1, 0.9, (3000, 2)).astype(np.float32)
+    x[2001, 1] = 5.0
+    np.save(tmp_path / "x.npy", x)
+    kept = np.load(tmp_path / "x.npy", mmap_mode="r")
+    with pytest.raises(InputError, match="x has 5 in row 2001, column 1, which is not inside"):
+        fit(Flow(2, hidden=(4, 4), support=(0, 1)), kept, steps=2)
+
+
+def test_a_validation_that_carries_a_gradient_is_taken():
+    fit(x=banana(), validation=banana(50, 1).requires_grad_(), steps=2)
+
+
+@pytest.mark.parametrize("value", [2.0])
+def test_a_constant_column_is_named_by_its_value(value):
+    x = torch.rand(50, 2) + 1
+    x[:, 1] = value
+    with pytest.raises(InputError, match=r"column 1 is constant \(2\), so it has no density"):
+        Flow(2, support="positive").whiten(x)

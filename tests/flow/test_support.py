@@ -178,3 +178,21 @@ def test_standardize_is_the_mean_and_the_spread():
     map_.fit(c)
     assert map_(c).mean(0).abs().max() < 1e-3
     assert torch.allclose(map_(c).std(0, correction=0), torch.ones(2), atol=1e-3)
+
+
+def test_a_row_outside_is_named_wherever_it_is_among_many(monkeypatch):
+    monkeypatch.setattr("cnf.flow.flow.CHUNK", 10)
+    x = torch.full((25, 2), 0.5)
+    x[17, 1] = 2.0
+    with pytest.raises(InputError, match="x has 2 in row 17, column 1"):
+        Flow(2, hidden=(4, 4), support=(0, 1)).encode(x)
+
+
+@pytest.mark.parametrize("support", ["positive", (-math.inf, 3.0), ([0, -math.inf], [1, math.inf])])
+def test_torch_maps_the_whole_space_onto_it(support):
+    law = Flow(2, hidden=(4, 4), support=support).dist()
+    bijection = torch.distributions.biject_to(law.support)
+    x = bijection(torch.randn(50, 2))
+    assert torch.isfinite(x).all() and law.support.check(x).all()
+    assert torch.isfinite(law.log_prob(x)).all()
+    assert not law.support.check(torch.tensor([4.0, 4.0])) or support == "positive"
