@@ -70,6 +70,7 @@ def labels_column(labels: Any, count: int, classes: int, name: str = "labels") -
             f"{name} are of shape {tuple(given.shape)} for {count} images; give one for each, or "
             "one for all"
         )
+    given = given.long()  # of bytes −1 would be 255
     outside = (given < -1) | (given >= classes)
     if outside.any():
         raise InputError(

@@ -44,12 +44,18 @@ def signs(keys: Sequence[int], probes: int, dim: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class KeyedHutchinson(Hutchinson):
-    """Hutchinson's estimate by Rademacher probes of each row's key; keys: one for each row."""
+    """Hutchinson's estimate by probes of each row's key; keys: one for each row."""
 
     keys: tuple[int, ...] = ()
 
     def draw(self, x: Tensor) -> Tensor:
-        return signs(self.keys, self.probes, x.shape[1], self.seed or 0).to(x)
+        seed, dim = self.seed or 0, x.shape[1]
+        if self.law == "rademacher":
+            return signs(self.keys, self.probes, dim, seed).to(x)
+        streams = (int(_generator(key, seed, PROBES).integers(2**63)) for key in self.keys)
+        generators = (torch.Generator().manual_seed(stream) for stream in streams)
+        noise = [self._noise((1, self.probes, dim), generator) for generator in generators]
+        return torch.cat([x.new_empty(0, self.probes, dim), *(one.to(x) for one in noise)])
 
     def of_rows(self, rows: Tensor) -> KeyedHutchinson:
         """The estimate for some of the rows, by their places."""

@@ -382,7 +382,7 @@ def test_a_second_fit_goes_on_and_never_ends_worse():
     first = float(flow.bits_per_dim(*held, nfe=24))
 
     flow.fit(
-        images.flip(0) // 2, labels, method="fm", steps=3, lr=10.0, validation=held, progress=False
+        images.flip(0) // 2, labels, method="fm", steps=3, lr=1.0, validation=held, progress=False
     )
 
     assert torch.equal(flow.equalized.mass, law)
@@ -549,3 +549,34 @@ def test_steps_of_maximum_likelihood_are_said_or_a_share():
 def test_a_u_net_may_have_any_width(width):
     flow = ImageFlow((1, 8, 8), width=width, seed=0)
     assert flow.sample(2, nfe=2).shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16])
+def test_labels_may_be_of_any_whole_numbers(dtype):
+    flow = small(classes=3)
+    assert torch.equal(flow.log_prob(IMAGES, LABELS.to(dtype)), flow.log_prob(IMAGES, LABELS))
+
+
+def test_the_law_of_its_probes_is_the_divergences():
+    """16 orthogonal probes in 16 dimensions are exact, whatever was drawn."""
+    flow = small(divergence=cnf.Hutchinson(DIM, law="orthogonal"), rtol=1e-6, atol=1e-6)
+    one, other = (flow.log_prob(IMAGES, seed=0, probe_seed=noise) for noise in (0, 1))
+    assert torch.allclose(one, other, atol=1e-3)
+
+
+class Told(nn.Module):
+    """A field of one's own that is told a label."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(DIM + 1, DIM)
+
+    def forward(self, t, x, label):
+        return torch.tanh(self.net(torch.cat([x, label], 1)))
+
+
+def test_a_field_of_ones_own_is_told_labels_of_its_dtype():
+    flow = ImageFlow(SHAPE, classes=3, field=Told())
+    images, labels = IMAGES.repeat(5, 1, 1, 1), LABELS.repeat(5)
+    flow.fit(images, labels, steps=2, seed=0, progress=False)
+    assert torch.isfinite(flow.log_prob(IMAGES, LABELS)).all()

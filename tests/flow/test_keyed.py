@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from cnf.flow.keyed import KeyedHutchinson, keys_of, signs, uniform
@@ -51,3 +52,24 @@ def test_its_estimate_of_a_trace_is_unbiased_and_goes_with_the_rows():
 def test_no_rows_have_no_noise():
     none = keys_of(ROWS[:0])
     assert uniform(none, 12, 0).shape == (0, 12) and signs(none, 2, 12, 0).shape == (0, 2, 12)
+
+
+@pytest.mark.parametrize("law", ["gaussian", "hadamard", "orthogonal"])
+def test_every_law_gives_a_row_its_own_noise(law):
+    keys = keys_of(ROWS)
+    order = [3, 0, 4, 1, 2]
+    x = torch.zeros(5, 12)
+    noise = KeyedHutchinson(4, law, 7, keys).draw(x)
+    again = KeyedHutchinson(4, law, 7, tuple(keys[i] for i in order)).draw(x)
+    assert noise.shape == (5, 4, 12) and len(noise.unique(dim=0)) == 5
+    assert torch.equal(again, noise[order])
+    assert not torch.equal(KeyedHutchinson(4, law, 8, keys).draw(x), noise)
+    assert KeyedHutchinson(4, law, 7, ()).draw(x[:0]).shape == (0, 4, 12)
+
+
+def test_as_many_orthogonal_probes_as_dimensions_are_exact():
+    matrix, x = torch.randn(12, 12), torch.zeros(5, 12)
+    divergence = KeyedHutchinson(12, "orthogonal", 0, keys_of(ROWS))
+    attached = divergence.attach(lambda t, x: x @ matrix.T, x)
+    _, trace = attached.field(torch.tensor(0.0), x, *attached.rows)
+    assert torch.allclose(trace, matrix.trace().expand(5), atol=1e-4)
