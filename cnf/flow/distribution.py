@@ -154,6 +154,16 @@ def constraint_of(
     """torch's word for a support."""
     if support.is_everything:
         return constraints.real_vector
-    low = torch.tensor(support.low, dtype=dtype, device=device)
-    high = torch.tensor(support.high, dtype=dtype, device=device)
-    return constraints.independent(constraints.interval(low, high), 1)
+
+    def number(end: float) -> Tensor:
+        return torch.tensor(end, dtype=dtype, device=device)
+
+    def between(low: float, high: float) -> Any:
+        if math.isinf(low):
+            return constraints.real if math.isinf(high) else constraints.less_than(number(high))
+        above = constraints.greater_than(number(low))
+        return above if math.isinf(high) else constraints.interval(number(low), number(high))
+
+    # one for each column: torch maps an interval that ends at infinity to no number
+    columns = [between(*ends) for ends in zip(support.low, support.high, strict=True)]
+    return constraints.independent(constraints.stack(columns, dim=-1), 1)
