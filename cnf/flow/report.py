@@ -287,4 +287,4 @@ def _midpoints(low: float, high: float, cells: int) -> Tensor:
 
 
 def _log_prob(flow: LearnedDensity, points: Tensor) -> Tensor:
-    return flow.log_prob(points.to(torch.get_default_dtype())).cpu().double()
+    return flow.log_prob(points).cpu().double()

@@ -219,3 +219,10 @@ def test_numbers_are_plain() -> None:
 
 def test_two_points_are_enough_to_find_the_box() -> None:
     assert grid_mass(Normal(2), torch.zeros(2, 2), 60) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_mass_is_one_far_from_the_origin():
+    """There single precision has no point between two of the grid."""
+    flow = Flow(2, hidden=(4, 4)).double()
+    flow.whiten(1e8 + torch.randn(500, 2, dtype=torch.float64))
+    assert abs(grid_mass(flow, 1e8 + torch.randn(500, 2, dtype=torch.float64), 60) - 1) < 1e-3
