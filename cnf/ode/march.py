@@ -22,6 +22,7 @@ from cnf.ode.tangent import is_unreadable
 from cnf.ode.trajectory import (
     BEYOND,
     HALF,
+    OUTGROWN,
     Accepted,
     Counted,
     Problem,
@@ -30,11 +31,11 @@ from cnf.ode.trajectory import (
     error_ratio,
     failure,
     first_size,
+    furthest,
     tiniest,
     tolerances,
 )
 
-_ROOM = 1e-3  # of the largest number: a step times a weight is one as well
 _STEPS_AHEAD = 20  # attempts after a failure, to tell whether stability chose the steps
 
 
@@ -101,7 +102,7 @@ class _March:
         self.next_unit = self.unit  # and where the attempt ended
         self.size = first_size(problem, self.evaluate, y, first, self.unit)
         self.tiniest = tiniest(problem)
-        self.furthest = _ROOM * torch.finfo(problem.clock).max
+        self.furthest = furthest(problem)
         self.events = problem.watch.values(self.t, y) if problem.watch else None
         self.refused = 0  # attempts in a row
         self.ratios = (1.0, 1.0)  # error over tolerance of the last two accepted steps
@@ -131,6 +132,9 @@ class _March:
         """One attempt at a step towards `target`."""
         problem, control = self.problem, self.problem.control
         if self.attempts >= problem.max_steps:
+            if not (is_unreadable(self.y) or is_finite(self.y)):
+                reason = "the state or the field turned non-finite"
+                raise self._failure(reason, self.size, bad_rows(self.y))
             reason = f"max_steps={problem.max_steps} steps were not enough"
             if problem.watch and not math.isfinite(target.t):
                 reason += " for the event to come"
@@ -140,7 +144,7 @@ class _March:
         length = control.fit(self.size, remaining)
         h = self.direction * length
         if math.isinf(target.t) and abs(self.t) + length > self.furthest:
-            raise self._failure("t has outgrown its dtype, and the event has not come", length)
+            raise self._failure(OUTGROWN, length)
         if self.first is None:
             self.first = problem.first_stage(self.evaluate, self.t, h, self.y)
         if problem.observer is not None:

@@ -25,6 +25,7 @@ from cnf.ode.stiffness import damping, stiffness
 from cnf.ode.trajectory import (
     BEYOND,
     HALF,
+    OUTGROWN,
     Accepted,
     Counted,
     Problem,
@@ -33,6 +34,7 @@ from cnf.ode.trajectory import (
     error_ratio,
     failure,
     first_size,
+    furthest,
     on_device,
     on_host,
     tiniest,
@@ -113,6 +115,8 @@ class _RowMarch:
         self.counts = np.zeros((3, batch), dtype=np.int64)
         self.counts[0] = stats.calls
         self.tiniest = tiniest(problem)
+        self.furthest = furthest(problem)
+        self.endless = bool(np.isinf(problem.times[-1]).any())
         self.targets, self.labels = _targets(problem)
         self.next = np.zeros(batch, dtype=np.int64)
         self.alive = np.ones(batch, dtype=bool)
@@ -171,6 +175,10 @@ class _RowMarch:
         self._check_budget()
         remaining = np.abs(self.target - self.t)
         length = np.where(self.alive, control.fit(self.size, remaining), 0.0)
+        if self.endless:
+            gone = np.isinf(self.target) & (np.abs(self.t) + length > self.furthest)
+            if (self.alive & gone).any():
+                raise self._failure(OUTGROWN, self.rows[self.alive & gone])
         h = self.direction * length
         t0, h0 = on_device(self.t, self.y), on_device(h, self.y)
         calls = self.stats.calls

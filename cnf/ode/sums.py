@@ -42,7 +42,8 @@ class Columns(NamedTuple):
         found = self.spare.pop(shape, None)
         if found is None:
             with torch.inference_mode(False):
-                sums = torch.empty((len(self.first), *shape), dtype=self.zero.dtype)
+                size = (len(self.first), *shape)
+                sums = torch.empty(size, dtype=self.zero.dtype, device="cpu")
             found = sums, sums.unbind(0)
         return found
 
@@ -79,7 +80,8 @@ def columns(tableau: Tableau, estimate: bool, dtype: torch.dtype, axes: int) -> 
     if one_by_one <= count + len(rows):
         return None
     with torch.inference_mode(False):
-        weights = torch.tensor([[*row, *[0.0] * count][:count] for row in rows], dtype=dtype)
+        numbers = [[*row, *[0.0] * count][:count] for row in rows]
+        weights = torch.tensor(numbers, dtype=dtype, device="cpu")
         first, *later = weights.T.reshape(count, len(rows), *[1] * axes).unbind(0)
-        zero = torch.zeros((), dtype=dtype)
+        zero = torch.zeros((), dtype=dtype, device="cpu")
     return Columns(first, tuple(zip(tableau.c[1:], later, strict=False)), ends, zero, {})

@@ -161,20 +161,22 @@ class Problem:
         return _Inside(field, lambda moment: self.beside(moment, t + h / 2, beyond=True))
 
     def beside(self, t: Any, side: Any, beyond: bool = False) -> Any:
-        """t, but next to a jump on the side of the time `side` where t is one.
+        """t, but next to a jump on the side of the time `side` where t is one, in the precision in
+        which the field sees it.
 
         beyond: where a jump lies between too, as for a stage after the end of its step.
         """
         for jump in self.control.jumps:
-            there = (t - jump) * (jump - side) >= 0 if beyond else t == jump
+            at = torch.tensor(jump, dtype=self.clock, device="cpu")
             if isinstance(t, Tensor):
-                nudged = torch.nextafter(
-                    torch.full_like(t, jump).to(self.clock), side.to(self.clock)
-                )
+                seen, at = t.to(self.clock), at.to(t.device)
+                there = (seen - at) * (jump - side) >= 0 if beyond else seen == at
+                nudged = torch.nextafter(at, side.to(self.clock))
                 t = torch.where(there, nudged.to(t.dtype), t)
-            elif there:
-                at = torch.tensor([jump, side], dtype=self.clock)
-                t = torch.nextafter(at[0], at[1]).item()
+                continue
+            seen, edge = torch.tensor(t, dtype=self.clock, device="cpu").item(), at.item()
+            if (seen - edge) * (jump - side) >= 0 if beyond else seen == edge:
+                t = torch.nextafter(at, torch.tensor(side, dtype=self.clock, device="cpu")).item()
         return t
 
 
@@ -313,7 +315,7 @@ def tolerances(y: Leaves, control: Adaptive) -> Leaves:
 def _constant(value: float, dtype: torch.dtype) -> Tensor:
     """A 0-d tensor on the host, which takes part in sums on any device."""
     with torch.inference_mode(False):
-        return torch.tensor(value, dtype=dtype)
+        return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def error_ratio(step: Step, before: Leaves, after: Leaves, control: Adaptive) -> Any:
@@ -434,6 +436,7 @@ def _root(size: int) -> float:
     return math.sqrt(size or 1)
 
 
+OUTGROWN = "t has outgrown its dtype, and the event has not come"
 BEYOND = " before a non-finite value"  # said of steps that were refused for one
 
 
@@ -469,6 +472,11 @@ def failure(
         nfe=stats.calls,
         partial=list(reached),
     )
+
+
+def furthest(problem: Problem) -> float:
+    """How far t may go where there is no end: a step times a weight is a number as well."""
+    return 1e-3 * torch.finfo(problem.clock).max
 
 
 def tiniest(problem: Problem) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from cnf.error import InputError, IntegrationError
 from cnf.ode.control import Adaptive, FixedStep, on_grid
 from cnf.ode.gradient.adjoint import Adjoint
+from cnf.ode.gradient.checkpoint import Checkpoint
 from cnf.ode.solution import solve
 from cnf.ode.tableau import TABLEAUS
 
@@ -414,3 +416,31 @@ def test_gradients_pass_a_jump_on_the_right_side(gradient, per_sample, beyond_ju
     exact = value("backprop", FixedStep(0.01, jumps=JUMPS))
     for a, b in zip(value(gradient, control), exact, strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize(
+    "per_sample, gradient",
+    [(False, Checkpoint(keep="steps")), (False, Checkpoint(keep="stages")), (True, Checkpoint()),
+     (False, "adjoint")],
+    ids=["steps", "stages", "rows", "adjoint"],
+)  # fmt: skip
+def test_no_stage_sees_the_other_side_of_a_jump_for_rounding(dtype, per_sample, gradient):
+    """t + h may lie a bit before the jump, or behind it, and be the jump as the field sees it."""
+    draw = random.Random(0)
+    for _ in range(40):
+        start, jump = sorted(round(draw.uniform(0, 1), 2) for _ in range(2))
+        if start == jump:
+            continue
+        w = torch.ones((), dtype=dtype, requires_grad=True)
+
+        def field(t, y, jump=jump, w=w):
+            before = torch.where(t < jump, 1.0, 100.0).to(y)
+            return w * (before[:, None] if per_sample else before) * torch.ones_like(y)
+
+        control = FixedStep(10.0, jumps=(jump,), per_sample=per_sample)
+        y = solve(field, torch.zeros(2, 1, dtype=dtype), [start, jump], method="rk4",
+                  control=control, gradient=gradient).y[-1]  # fmt: skip
+        (found,) = torch.autograd.grad(y.sum(), w)
+        assert torch.allclose(y, torch.full_like(y, jump - start), atol=1e-5)
+        assert abs(found.item() - 2 * (jump - start)) < 1e-5

@@ -344,7 +344,8 @@ class _Replay:
             return by_formula
         with torch.enable_grad():
             y = tuple(leaf.detach().requires_grad_() for leaf in y)
-            value = self.job.problem.evaluate(Repeated(field, self.job.stats), t, y, side)
+            inside = self.job.problem.beside(t, side, beyond=True)  # as the step saw it
+            value = Repeated(field, self.job.stats)(inside, y)
         heads = (*value.slope, *value.rates)
         bars = [bar.to(head.dtype) for bar, head in zip((*kappa, *rates_bar), heads, strict=True)]
         found = vjp(heads, bars, (*y, *self.aliases))
@@ -360,7 +361,7 @@ class _Replay:
         """The same by the field's own vector-Jacobian product; None where it has none."""
         given = self.job.first.rates
         rates = [bar.to(rate.dtype) for bar, rate in zip(rates_bar, given, strict=True)]
-        found = field.pull(self.job.problem.beside(t, side), y, kappa, rates)
+        found = field.pull(self.job.problem.beside(t, side, beyond=True), y, kappa, rates)
         if found is None:
             return None
         self.job.stats.nfe_backward += 1
