@@ -110,6 +110,13 @@ class Oracle:
         return out
 
 
+class _NotFinite(Exception):
+    """The field is not finite where an interval begins."""
+
+
+_NOT_FINITE = "the field returned a non-finite value"
+
+
 class _Way:
     """State and integrals as one vector in double precision, and SciPy's way from time to time."""
 
@@ -123,7 +130,7 @@ class _Way:
         self._field = Counted(problem.field, stats)
         totals = tuple(torch.zeros_like(rate, dtype=precise_dtype(rate)) for rate in first.rates)
         self._layouts = Layout(y, 1), Layout(totals, 1)
-        self.now = self._vector(y, totals)
+        self.now, self._begins = self._vector(y, totals), True
 
     def arrive(self, out: Trajectory, label: int) -> None:
         """Write down what has been reached."""
@@ -137,23 +144,38 @@ class _Way:
     def go(self, out: Trajectory, start: float, end: float, keep: bool) -> None:
         """From one time to the next; raises IntegrationError where SciPy gives up."""
         stats, limit = self._stats, self._problem.max_steps
-        solver = self._solver(self._right, start, self.now, end, **self._settings(end - start))
+        self._begins = True
+        try:
+            solver = self._solver(self._right, start, self.now, end, **self._settings(end - start))
+        except _NotFinite:
+            raise self._failure(_NOT_FINITE, start, 0.0, out) from None
         while solver.status == "running":
             if stats.accepted >= limit:
-                raise self._failure(f"max_steps={limit} steps were not enough", solver, out)
+                reason = f"max_steps={limit} steps were not enough"
+                raise self._failure(reason, solver.t, solver.step_size, out)
             begun, y = float(solver.t), self._parts(solver.y)[0] if keep else ()
-            message = solver.step()
+            try:
+                message = solver.step()
+            except _NotFinite:
+                raise self._failure(_NOT_FINITE, begun, 0.0, out) from None
+            except ValueError as error:  # of a Jacobian that is not finite
+                message, solver.status = str(error), "failed"
             if solver.status == "failed":
-                raise self._failure(f"SciPy gave up ({message})", solver, out)
+                reason = f"SciPy gave up ({message})"
+                raise self._failure(reason, solver.t, solver.step_size, out)
+            if not np.isfinite(solver.y).all():
+                reason = "the state or the field turned non-finite"
+                raise self._failure(reason, begun, solver.step_size, out)
             stats.accepted += 1
             if keep:
                 out.record.append(Accepted(None, begun, float(solver.t) - begun, y))
         stats.jacobians += int(solver.njev)
         self.now = solver.y
 
-    def _failure(self, reason: str, solver: Any, out: Trajectory) -> IntegrationError:
-        step = solver.step_size or 0.0
-        return failure(reason, self._problem, solver.t, step, self._stats, out.states)
+    def _failure(
+        self, reason: str, t: float, step: float | None, out: Trajectory
+    ) -> IntegrationError:
+        return failure(reason, self._problem, t, step or 0.0, self._stats, out.states)
 
     def _settings(self, span: float) -> dict[str, Any]:
         """Tolerances and bounds; the integrals take no part in the choice of steps."""
@@ -169,7 +191,11 @@ class _Way:
 
     def _right(self, t: float, now: np.ndarray) -> np.ndarray:
         value = self._field(float(t), self._parts(now)[0])
-        return self._vector(value.slope, value.rates)
+        found = self._vector(value.slope, value.rates)
+        if self._begins and not np.isfinite(found).all():
+            raise _NotFinite  # from which SciPy would choose a first step, and not come back
+        self._begins = False
+        return found
 
     def _vector(self, y: Leaves, totals: Leaves) -> np.ndarray:
         parts = zip(self._layouts, (y, totals), strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -150,3 +151,16 @@ def test_scipy_is_not_loaded_until_it_is_asked_for():
         "assert 'scipy' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["RK45", "DOP853", "Radau", "BDF", "LSODA"])
+@pytest.mark.parametrize("until", [0.0, 0.5])
+def test_a_field_that_is_not_finite_ends_the_solve(name, until):
+    y0 = torch.ones(2, dtype=torch.float64)
+
+    def field(t, y):
+        return -y if t < until else y * math.nan
+
+    with pytest.raises(IntegrationError, match=r"finite|gave up") as caught:
+        solve(field, y0, [0.0, 1.0], method=f"scipy:{name}", max_steps=2000)
+    assert caught.value.t <= 0.75
