@@ -104,7 +104,7 @@ def adams_weights(nodes: Sequence[Moment]) -> list[Moment]:
     """
     tensors = [node for node in nodes if isinstance(node, Tensor)]
     if not tensors:
-        return _weights(torch.tensor(nodes, dtype=torch.float64)).tolist()
+        return _weights(torch.tensor(nodes, dtype=torch.float64, device="cpu")).tolist()
     like = {"dtype": tensors[0].dtype, "device": tensors[0].device}
     s = torch.stack([torch.as_tensor(node, **like) for node in nodes])
     return list(_weights(s).unbind())

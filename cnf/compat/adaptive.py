@@ -79,13 +79,15 @@ class Pieces:
     def __call__(self, t: Tensor) -> Tensor:
         """The states at times t of any shape: (*t.shape, *y.shape)."""
         direction = math.copysign(1.0, self.pieces[0].h)
-        ends = torch.tensor([piece.t + piece.h for piece in self.pieces], dtype=torch.float64)
+        known = [piece.t + piece.h for piece in self.pieces]
+        ends = torch.tensor(known, dtype=torch.float64, device="cpu")
         flat = t.reshape(-1)
         host = flat.detach().double().cpu()
         self._check_inside(host)
         found = torch.searchsorted(direction * ends, direction * host).clamp(max=len(ends) - 1)
         states = [self.pieces[i].at(flat[k : k + 1]) for k, i in enumerate(found.tolist())]
-        return torch.cat(states).reshape(*t.shape, *states[0].shape[1:])
+        none = self.pieces[0].at(flat[:0])  # which is all, where no time is asked for
+        return torch.cat([none, *states]).reshape(*t.shape, *none.shape[1:])
 
     def _check_inside(self, t: Tensor) -> None:
         first, last = self.pieces[0], self.pieces[-1]
@@ -108,7 +110,7 @@ class _Walk:
         control, measure = _control(request), _measure(request)
         self.problem = Problem(
             request.field, (), choose_method(pair), control, sys.maxsize,
-            clock=request.field.dtype, measure=measure, observer=self,
+            clock=request.field.dtype, measure=measure,
         )  # fmt: skip
         self.keep, self.pieces = keep, list[Piece]()
         self.most = int(request.options.get("max_num_steps", _MOST_STEPS))
@@ -144,10 +146,11 @@ class _Walk:
         if request.follows_times:  # y as it is at a start that does not move
             t = request.t[0].to(precise_dtype(request.t))
             y = slide(request.field, t, t.detach() - t, (y,))[0][0]
-        self.problem = replace(self.problem, times=(start, end))
+        # not kept: a walk that held what holds it would keep its graphs until they are looked for
+        problem = replace(self.problem, times=(start, end), observer=self)
         self.at = y
         try:
-            return integrate(self.problem, (y,), Stats())
+            return integrate(problem, (y,), Stats())
         except IntegrationError as error:
             raise AssertionError(f"{self._reason(error.step)}: {error}") from error
 

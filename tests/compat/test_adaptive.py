@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -300,3 +302,28 @@ def test_a_dense_solution_of_a_tuple_is_a_tuple():
 def test_a_dense_solution_keeps_the_precision_of_plain_numbers():
     dense = odeint_dense(lambda t, y: torch.ones_like(y), torch.zeros(1).double(), 0.1, 0.7)
     assert dense(0.3).item() == pytest.approx(0.3 - 0.1, abs=1e-15)
+
+
+def test_a_solve_keeps_no_graph_once_its_result_is_gone():
+    made = []
+
+    def field(t, y):
+        value = -y * weight
+        made.append(weakref.ref(value))
+        return value
+
+    weight = torch.ones((), requires_grad=True)
+    gc.disable()
+    try:
+        y = odeint(field, torch.ones(2), torch.tensor([0.0, 1.0]))
+        assert y.requires_grad
+        del y
+        assert not any(one() is not None for one in made)
+    finally:
+        gc.enable()
+
+
+def test_a_dense_solution_may_be_asked_at_no_time():
+    ends = torch.tensor(0.0), torch.tensor(1.0)
+    inside = odeint_dense(lambda t, y: -y, torch.ones(2), *ends)
+    assert inside(torch.empty(0)).shape == (0, 2)
