@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from types import FunctionType, ModuleType
@@ -75,7 +75,7 @@ class Field:
     aligned: int = 0
     row_wise: bool = False
     substitutes: dict[int, Tensor] = field(default_factory=dict)
-    precision: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    precision: Precision | nullcontext[None] = field(default_factory=nullcontext)
 
     @cached_property
     def is_plain(self) -> bool:
@@ -153,7 +153,7 @@ class Field:
 
     def _is_autocast(self) -> bool:
         """Whether evaluations were, or would now be, in another precision than their arguments'."""
-        enabled = getattr(self.precision, "_enabled", False)
+        enabled = isinstance(self.precision, Precision) and self.precision.enabled
         return enabled or torch.is_autocast_enabled(self.device.type)
 
     def _built_rates(self, leaves: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -191,21 +191,38 @@ def is_row_wise(call: UserField) -> bool:
     return getattr(call, "row_wise", False) is True
 
 
-def precision_of(device: torch.device) -> AbstractContextManager[Any]:
-    """The autocast state of now, to enter again later.
+class Precision:
+    """An autocast state to enter again later, inside itself too, which torch's context is not for.
 
     Without its cache of casts: a cast weight made before the solve would pass for a tensor that the
-    field captures.  Where no gradients are enabled there is no later.
+    field captures.
     """
-    if not torch.is_grad_enabled():
-        return nullcontext()
-    kind = device.type
-    return torch.autocast(
-        kind,
-        dtype=torch.get_autocast_dtype(kind),
-        enabled=torch.is_autocast_enabled(kind),
-        cache_enabled=False,
-    )
+
+    def __init__(self, kind: str) -> None:
+        self.enabled = torch.is_autocast_enabled(kind)
+        self._kind, self._dtype = kind, torch.get_autocast_dtype(kind)
+        self._free: list[torch.autocast] = []
+        self._entered: list[torch.autocast] = []
+
+    def __enter__(self) -> None:
+        context = self._free.pop() if self._free else self._new()
+        context.__enter__()
+        self._entered.append(context)
+
+    def __exit__(self, *raised: Any) -> None:
+        context = self._entered.pop()
+        context.__exit__(*raised)
+        self._free.append(context)
+
+    def _new(self) -> torch.autocast:
+        return torch.autocast(
+            self._kind, dtype=self._dtype, enabled=self.enabled, cache_enabled=False
+        )
+
+
+def precision_of(device: torch.device) -> Precision | nullcontext[None]:
+    """The autocast state of now; where no gradients are enabled there is no later."""
+    return Precision(device.type) if torch.is_grad_enabled() else nullcontext()
 
 
 def name_tensors(

@@ -13,6 +13,7 @@ from cnf.ode.control import Control
 from cnf.ode.field import Evaluation
 from cnf.ode.method import Evaluate, Step
 from cnf.ode.state import Leaves
+from cnf.ode.tangent import is_unreadable
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Leapfrog:
                 "method 'leapfrog' needs a state of two parts of one shape, (q, p), got shapes "
                 f"{shapes}"
             )
+        if is_unreadable(y):
+            return self
         with torch.no_grad():
             q, p = (leaf.detach() for leaf in y)
             here, *moved = (evaluate(t, at).slope for at in ((q, p), (_off(q), p), (q, _off(p))))

@@ -199,6 +199,10 @@ def corrected(
 
 def _newton_step(watch: Watch, event: int, t: Tensor, y: Leaves, slope: Leaves) -> Tensor:
     """−g/ġ along the solution, 0-d or (batch,); 0 where g stands still."""
+    if torch.is_inference_mode_enabled():  # where nothing is recorded, of tensors of its own
+        with torch.inference_mode(False):
+            copies = (tuple(leaf.clone() for leaf in leaves) for leaves in (y, slope))
+            return _newton_step(watch, event, t.clone(), *copies)
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         later = torch.zeros_like(t, requires_grad=True)

@@ -71,7 +71,8 @@ def adjoint_state(
         times = torch.as_tensor(t, dtype=torch.float64).flip(0)
         start = (forward.y[-1], a_end / scale)
         solution = solve(back, start, times, quadrature=True, **solver)
-        a_t_end = -(a_end * field(forward.t[-1], forward.y[-1])).sum()
+        moment = forward.t[-1].to(end.device, end.dtype)  # as the field gets it in a solve
+        a_t_end = -(a_end * field(moment, forward.y[-1])).sum()
         a = (solution.y[1] * scale).flip(0)
         a_params, a_t = solution.integral[:-1], solution.integral[-1]
         return AdjointState(
@@ -99,7 +100,9 @@ class _Backward:
             moment, at = t.detach().requires_grad_(), y.detach().requires_grad_()
             value = self.field(moment, at)
             inputs = (at, *self.params, moment)
-            pulled = torch.autograd.grad(value, inputs, a, allow_unused=True)
+            pulled: tuple[Tensor | None, ...] = (None,) * len(inputs)
+            if value.requires_grad:
+                pulled = torch.autograd.grad(value, inputs, a, allow_unused=True)
         found = [
             torch.zeros_like(x) if g is None else -g for x, g in zip(inputs, pulled, strict=True)
         ]

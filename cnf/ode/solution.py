@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -45,6 +46,7 @@ from cnf.ode.tangent import (
     is_exported,
     is_mapped,
     is_transformed,
+    is_unreadable,
     numbers_of,
 )
 from cnf.ode.trajectory import Counted, on_device
@@ -297,6 +299,7 @@ def _first_look(
         seen.extend([] if structure is None else [structure])
         return checked
 
+    before = _random_state(y) if searched else None
     if searched:
         with field.precision:
             first, found = find_captured(field.call, evaluate, (*aliases, *start, time))
@@ -308,7 +311,30 @@ def _first_look(
         _check_rates(first.rates, len(start[0]))
     if seen or found:
         field = replace(field, rates=seen[0] if seen else None, captured=field.captured + found)
+    if before is not None and _is_differentiated((*y, *field.tensors)):
+        _warn_of_draws(before, _random_state(y))
     return field, first
+
+
+def _random_state(y: Leaves) -> Tensor | None:
+    """Where torch's generators stand, of the CPU and of y's device; None where nobody can tell."""
+    if is_transformed() or is_unreadable(y):
+        return None
+    state, device = torch.get_rng_state(), y[0].device
+    if device.type != "cuda":
+        return state
+    return torch.cat([state, torch.cuda.get_rng_state(device)])
+
+
+def _warn_of_draws(before: Tensor, after: Tensor | None) -> None:
+    """Warns of a field that draws random numbers, since backward evaluates it again."""
+    if after is not None and not torch.equal(before, after):
+        warnings.warn(
+            "the field draws random numbers (a Dropout in train(), say), and backward, which "
+            "evaluates it again, draws others: the gradient is not that of this solution; use "
+            "gradient='backprop', or draw once and hand the noise in by rows= or params=",
+            stacklevel=3,
+        )
 
 
 def _versions(leaves: Leaves) -> list[int | None]:
@@ -433,7 +459,7 @@ def _checked_state(leaves: Leaves) -> Leaves:
 def _checked_times(t: Tensor | Sequence[float], y: Leaves, control: Control, endless: bool) -> Any:
     """Host times: a tuple, or (times, batch) in float64 where every row has its own steps."""
     if isinstance(t, Tensor) and t.ndim == 2:
-        return _times_of_rows(t, y, control)
+        return _times_of_rows(t, y, control, endless)
     if isinstance(t, Tensor):
         if t.ndim != 1:
             raise InputError(f"t must have one dimension, (times,), got shape {tuple(t.shape)}")
@@ -462,7 +488,7 @@ def _read(t: Tensor) -> Any:
         raise InputError(f"the times must be the same for all that is mapped ({error})") from None
 
 
-def _times_of_rows(t: Tensor, y: Leaves, control: Control) -> np.ndarray:
+def _times_of_rows(t: Tensor, y: Leaves, control: Control, endless: bool) -> np.ndarray:
     if not control.per_sample:
         raise InputError(
             f"t of shape {tuple(t.shape)} gives every row its own times, which needs steps of its "
@@ -473,7 +499,7 @@ def _times_of_rows(t: Tensor, y: Leaves, control: Control) -> np.ndarray:
         raise InputError(f"t must be real and of shape (times, {batch}), got {tuple(t.shape)}")
     times = t.detach().double().cpu().numpy()
     for row in range(batch):
-        _check_monotone(tuple(times[:, row].tolist()), False, f" for row {row}")
+        _check_monotone(tuple(times[:, row].tolist()), endless, f" for row {row}")
     return times
 
 

@@ -401,3 +401,45 @@ def test_the_search_ends_where_every_sign_has_changed():
 
     found = locate(g, g(np.zeros(4)), g(np.ones(4)))
     assert np.all(g(found) >= 0) and found == pytest.approx(wanted, abs=1e-9)
+
+
+def test_rows_whose_event_never_comes_end_before_t_outgrows_its_dtype():
+    calls = []
+
+    def field(t, y):
+        calls.append(t)
+        return 0 * y
+
+    event = Event(lambda t, y: y[:, 0] - 2.0)
+    with pytest.raises(IntegrationError, match="t has outgrown its dtype"):
+        solve(field, torch.ones(2, 1), [0.0, math.inf], event=event,
+              control=Adaptive(per_sample=True))  # fmt: skip
+    assert len(calls) < 1000 and all(torch.isfinite(t).all() for t in calls)
+
+
+def test_rows_with_times_of_their_own_may_go_on_until_their_events():
+    times = torch.tensor([[0.0, 0.5], [math.inf, math.inf]])
+    y0, event = torch.tensor([[1.0], [1.0]]), Event(lambda t, y: y[:, 0] - 3.0)
+    found = solve(lambda t, y: torch.ones_like(y), y0, times, event=event,
+                  control=Adaptive(per_sample=True))  # fmt: skip
+    assert torch.allclose(found.event_time, torch.tensor([2.0, 2.5]))
+
+
+def test_a_state_that_blows_up_on_its_way_to_an_event_is_said_to():
+    event = Event(lambda t, y: y + 1.0)
+    with pytest.raises(IntegrationError, match="turned non-finite"):
+        solve(lambda t, y: y**2, torch.tensor(1.0), [0.0, math.inf], event=event, method="rk4",
+              step_size=0.1, max_steps=300)  # fmt: skip
+
+
+def test_an_event_is_as_exact_in_inference_mode():
+    def swing(t, y):
+        return torch.stack([y[1], -torch.sin(y[0])])
+
+    settings = dict(event=Event(lambda t, y: y[0]), rtol=1e-3, atol=1e-3)
+    y0 = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    with torch.no_grad():
+        known = solve(swing, y0, [0.0, 10.0], **settings)
+    with torch.inference_mode():
+        found = solve(swing, y0, [0.0, 10.0], **settings)
+    assert torch.equal(found.event_time, known.event_time) and abs(found.y[-1][0]) < 1e-8

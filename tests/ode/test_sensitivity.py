@@ -70,3 +70,19 @@ def test_wrong_input_is_refused() -> None:
 
 def test_it_is_public() -> None:
     assert cnf.adjoint_state is adjoint_state
+
+
+def test_the_times_may_be_more_precise_than_the_state():
+    net = torch.nn.Linear(3, 2)
+
+    def field(t, y):
+        return torch.tanh(net(torch.cat([y, t.expand(1)])))
+
+    t = torch.linspace(0, 1, 3, dtype=torch.float64)
+    found = adjoint_state(field, torch.ones(2), t, lambda y: y.sum())
+    assert torch.isfinite(found.a).all() and found.a.shape == (3, 2)
+
+
+def test_a_field_that_does_not_depend_on_the_state_has_a_constant_adjoint():
+    found = adjoint_state(lambda t, y: torch.ones_like(y), torch.ones(2), [0.0, 1.0], torch.sum)
+    assert torch.allclose(found.a, torch.ones(2, 2))

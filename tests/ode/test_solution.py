@@ -649,3 +649,32 @@ def test_the_public_names_are_the_cores():
     for name in ("Adaptive", "FixedStep", "Tableau", "Backprop", "Checkpoint", "Adjoint"):
         assert getattr(cnf, name).__name__ == name
     assert issubclass(cnf.IntegrationError, RuntimeError)
+
+
+def test_a_second_derivative_leaves_the_autocast_cache_as_it_was():
+    net = torch.nn.Linear(2, 2)
+    y0 = torch.ones(3, 2, requires_grad=True)
+    assert torch.is_autocast_cache_enabled()
+    y = solve(lambda t, y: torch.tanh(net(y)), y0, [0.0, 1.0], gradient="adjoint").y[-1]
+    (first,) = torch.autograd.grad(y.square().sum(), y0, create_graph=True)
+    torch.autograd.grad(first.sum(), y0)
+    assert torch.is_autocast_cache_enabled()
+
+
+@pytest.mark.parametrize("gradient", ["checkpoint", "adjoint", "reversible"])
+def test_a_field_that_draws_random_numbers_is_warned_of(gradient):
+    def field(t, y):
+        return w * nn.functional.dropout(torch.ones_like(y), 0.5)
+
+    def solved(gradient):
+        return solve(field, torch.zeros(4), [0.0, 1.0], method="euler", step_size=0.25,
+                     gradient=gradient).y[-1].sum()  # fmt: skip
+
+    w = torch.ones((), requires_grad=True)
+    with pytest.warns(UserWarning, match="the field draws random numbers"):
+        solved(gradient)
+    end = solved("backprop")
+    (found,) = torch.autograd.grad(end, w)
+    assert found == end
+    with torch.no_grad():
+        solved(gradient)

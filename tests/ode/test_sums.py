@@ -217,3 +217,11 @@ def test_a_solve_with_a_graph_and_without_agree_to_rounding():
     graph = run("backprop")
     assert graph.stats.accepted == without.stats.accepted
     torch.testing.assert_close(graph.y.detach(), without.y, rtol=1e-13, atol=1e-13)
+
+
+def test_the_default_device_is_of_no_account():
+    y, settings = torch.ones(3, 2), dict(rtol=1.234e-4, atol=5.6e-7)
+    with torch.device("meta"), torch.no_grad():
+        there = solve(lambda t, y: -y, y, [0.0, 1.0], method="tsit5", **settings).y
+    here = solve(lambda t, y: -y, y, [0.0, 1.0], method="tsit5", **settings).y
+    assert there.device.type == "cpu" and torch.equal(there, here)

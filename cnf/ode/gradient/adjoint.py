@@ -161,10 +161,11 @@ class _Back:
         a = [bar[last] for bar in states_bar]
         c = [bar[last] for bar in integrals_bar]
         totals: list[Tensor | None] = [None] * sum(x.requires_grad for x in self.aliases)
+        known = _Interpolated(self.job, self.field, self.knots) if self.knots else None
         for i in range(last, 0, -1):
             if np.any(times[i] != times[i - 1]):
                 y = tuple(leaf[i] for leaf in self.states)
-                a, parts = self._interval((times[i], times[i - 1]), y, a, c)
+                a, parts = self._interval((times[i], times[i - 1]), y, a, c, known)
                 add_gradients(totals, parts)
             a = [bar + more[i - 1] for bar, more in zip(a, states_bar, strict=True)]
             c = [bar + more[i - 1] for bar, more in zip(c, integrals_bar, strict=True)]
@@ -172,12 +173,19 @@ class _Back:
         return a, [next(found) if x.requires_grad else None for x in self.aliases]
 
     def _interval(
-        self, span: tuple[Any, Any], y: Leaves, a: list[Tensor], c: list[Tensor]
+        self,
+        span: tuple[Any, Any],
+        y: Leaves,
+        a: list[Tensor],
+        c: list[Tensor],
+        known: _Interpolated | None,
     ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """The adjoint at the start of one interval, and the named tensors' gradients over it."""
+        """The adjoint at the start of one interval, and the named tensors' gradients over it.
+
+        known: the forward solution, where it is read off and not solved back.
+        """
         scale, units = sized((*a, *c), rms, self.job.settings.unit)
         c = units[len(y) :]
-        known = _Interpolated(self.job, self.field, self.knots) if self.knots else None
         start = (*(() if known else y), *units[: len(y)])
         augmented = Augmented(
             self.field, self.aliases, tuple(map(alias, c)), self.job.stats, len(start) - len(y),
