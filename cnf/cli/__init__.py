@@ -42,6 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(FAILED, error)
     except KeyboardInterrupt as interrupt:
         return _fail(INTERRUPTED, "; ".join(["interrupted", *map(str, interrupt.args)]))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_memory(error):
+            raise
+        return _fail(
+            WRONG_INPUT, "the memory does not hold this; ask for less: fewer rows, smaller widths"
+        )
     except BrokenPipeError:  # whoever read our output has stopped, as in `cnf --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
@@ -49,6 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename is not None else ""
         code = WRONG_INPUT if isinstance(error, WRONG_PLACE) else FAILED
         return _fail(code, f"{where}{error.strerror or error}")
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether it is for want of memory, which torch tells by words alone."""
+    words = ("can't allocate memory", "out of memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(one in str(error) for one in words)
 
 
 def _run(argv: Sequence[str] | None) -> int:

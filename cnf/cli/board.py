@@ -25,7 +25,7 @@ class Board:
         except ImportError as error:
             raise InputError(
                 "--tensorboard needs the package tensorboard, which is not here; "
-                "pip install 'cnf-torch[tensorboard]'"
+                "pip install tensorboard"
             ) from error
         self._folder, self._make = folder, SummaryWriter
         self._writer: Any = None

@@ -33,6 +33,8 @@ def checked_rows(trained: Run, arguments: Namespace) -> tuple[object, object]:
                 "one of them"
             )
         return rows_of(arguments.file, arguments.columns, trained)
+    if arguments.columns is not None:
+        raise InputError("--columns are those of a FILE, and none is named; name it, or leave them")
     if trained.context and arguments.context is None:
         raise InputError(
             f"{trained.path} is conditional, and draws need a context; give --context, or name a "

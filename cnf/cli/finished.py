@@ -12,6 +12,7 @@ from cnf.cli.mnist.classifier import settings_of
 from cnf.cli.parser import parse
 from cnf.cli.training import given_settings, tell
 from cnf.error import InputError
+from cnf.odenet.settings import QUICK as PRESET
 from cnf.odenet.settings import Settings, chosen
 from cnf.training.snapshot import Snapshots
 
@@ -35,7 +36,7 @@ def given(arguments: Namespace, *more: str) -> tuple[str, ...]:
 def settings_for(told: tuple[str, ...]) -> Settings:
     """The settings that these arguments mean."""
     wanted = _parsed(Path(), told)
-    return chosen(wanted.preset, given_settings(wanted, Settings))
+    return chosen(wanted.preset or PRESET, given_settings(wanted, Settings))
 
 
 def figures_of(folder: Path, told: tuple[str, ...]) -> dict[str, Any] | None:
@@ -45,7 +46,10 @@ def figures_of(folder: Path, told: tuple[str, ...]) -> dict[str, Any] | None:
     """
     if not ((folder / FIGURES).is_file() and (folder / MODEL).is_file()):
         return None
-    if settings_of(read_json(folder / CONFIG)["settings"]) != settings_for(told):
+    config = read_json(folder / CONFIG)
+    if not isinstance(config.get("settings"), dict):
+        raise InputError(f"{folder} holds no run of a classifier; choose another --out")
+    if settings_of(config["settings"]) != settings_for(told):
         raise InputError(f"{folder} holds a run of other settings; choose another --out")
     return read_json(folder / FIGURES)
 

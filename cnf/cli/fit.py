@@ -76,7 +76,7 @@ def run(arguments: Namespace) -> None:
     if arguments.json:
         print(json_text(figures))
     else:
-        print("\n".join([*report.lines(), *_closing_lines(figures, folder.path)]))
+        print("\n".join([*report.lines(), *_closing_lines(figures, folder.path, source)]))
 
 
 # --- what to do -----------------------------------------------------------------------------------
@@ -97,7 +97,8 @@ def _resumed(arguments: Namespace) -> Namespace:
     with resumed_folder(out) as folder:
         config = read_config(folder.path)
     kept, data = config.get("arguments"), config.get("data")
-    if "settings" in config or not (isinstance(kept, dict) and isinstance(data, dict)):
+    is_other = "settings" in config
+    if is_other or not (isinstance(kept, dict) and isinstance(data, dict) and "data" in kept):
         raise InputError(f"{out} holds no fit to resume; leave --resume out to begin one")
     _refuse_other_data(arguments.data, kept["data"], data.get("file"), out)
     settings = {name: kept.get(name, value) for name, value in FIT_DEFAULTS.items()}
@@ -238,7 +239,8 @@ def _cost(flow: Flow, history: list[Progress]) -> dict[str, Any]:
     }
 
 
-def _closing_lines(figures: dict[str, Any], folder: Path) -> list[str]:
+def _closing_lines(figures: dict[str, Any], folder: Path, source: Source) -> list[str]:
+    given = f" --context {','.join(source.context)}" if source.context else ""
     trained, total = figures["training_seconds"], figures["seconds"]
     names = ", ".join(sorted(path.name for path in folder.iterdir()))
     lines = [
@@ -249,8 +251,8 @@ def _closing_lines(figures: dict[str, Any], folder: Path) -> list[str]:
         lines.append(("skipped", f"{figures['skipped']:,} batches whose loss was not finite"))
     lines += [
         ("files", f"{folder}: {names}"),
-        ("next", f"cnf check {folder}"),
-        ("", f"cnf sample {folder} -n 1000 -o samples.npy"),
+        ("next", f"cnf check {folder}{given}"),
+        ("", f"cnf sample {folder} -n 1000{given} -o samples.npy"),
         ("", f"cnf logprob {folder} FILE -o log_prob.csv"),
     ]
     return [f"{name:<14}{text}" for name, text in lines]

@@ -34,6 +34,8 @@ DENSITY, SAMPLES, TRAINING = "density.png", "samples.png", "training.png"
 CONFUSION, SNAPSHOT = "confusion.png", "snapshot.pt"
 CLASSES, BETWEEN, NEIGHBOURS = "classes.png", "interpolation.png", "neighbours.png"  # of images
 EVENTS = "tensorboard"  # a folder in the run's
+CLASSIFIER = "classifier"  # another, of the net that judges samples of images
+PROGRAMS = "model-nfe*.pt2"  # what `cnf export` writes beside the net
 FORMAT = 1  # of the folder; raised when an older reader would misread it
 FILES = (MODEL, CONFIG, FIGURES, STEPS, DENSITY, SAMPLES, TRAINING)
 # what `cnf plot` may add
@@ -76,7 +78,10 @@ class RunFolder:
         for name in (*FILES, *DRAWN, CONFUSION, CLASSES, BETWEEN, NEIGHBOURS):
             if name != STEPS:  # it holds our claim to the folder, and is emptied below
                 (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.path / EVENTS, ignore_errors=True)
+        for program in self.path.glob(PROGRAMS):
+            program.unlink()
+        for name in (EVENTS, CLASSIFIER):
+            shutil.rmtree(self.path / name, ignore_errors=True)
         _sweep(self.path)
         Snapshots(self.path / SNAPSHOT).remove()
         self.write_config(config)

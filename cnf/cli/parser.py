@@ -94,8 +94,9 @@ DATA is the name of a set that comes with cnf, or a file:
                  with uniform noise u, and the report adds bits per dimension, an upper bound
   FILE.csv       numbers, with or without a header; FILE.npy, FILE.npz: one array (rows, columns)
 
-A file is split by the seed: 15 % of its rows are held out for the report, 15 % choose the best
-weights, the rest trains.  A .npy file above 256 MB is not loaded; its last rows are held out.
+A file is split by the seed: 15 % of its rows, at most 10,000, are held out for the report, as many
+choose the best weights, the rest trains.  A .npy file of float32 or float64 above 256 MB is not
+loaded, without --context; its last rows are held out.
 """
 
 FIT_EXAMPLES = """\

@@ -65,18 +65,19 @@ def save_training(
 
 @torch.no_grad()
 def density_picture(
-    flow: Flow, source: Source, context: Tensor | None = None, given: str = ""
+    flow: Flow, source: Source, context: Tensor | None = None, given: str = "", seed: int = 0
 ) -> Figure:
     """The density beside data and samples in one or two dimensions, images beside images, and
     columns in pairs in any other.
 
     context: (columns,), of a conditional flow, whose data are then those of the nearest contexts;
-    without one its samples are drawn for the contexts of the rows; given: the end of the title.
+    without one its samples are drawn for the contexts of the rows; given: the end of the title;
+    seed: of the samples.
     """
     if source.shape or (source.context and context is None):
-        return samples_picture(flow, source)
+        return samples_picture(flow, source, seed)
     density: LearnedDensity = flow if context is None else Given(flow, context)
-    data, samples = _rows_near(source, context), _samples(density, POINTS)
+    data, samples = _rows_near(source, context), _samples(density, POINTS, seed)
     title = source.name + given
     if flow.dim > 2:
         return marginals_figure(data, samples, source.columns, title)

@@ -150,7 +150,7 @@ def _damaged(path: Path) -> InputError:
 class Kind:
     """A kind of picture: how it is drawn and saved, the suffixes its file may have, the numbers
     that are printed with it, and whether it shows one density, and so, of a conditional run, that
-    of one context: it takes a context, or needs it.
+    of one context: it takes a context, or needs it; whether it is drawn of the rows of a file.
     """
 
     draw: Callable[[Subject], Any]
@@ -159,12 +159,13 @@ class Kind:
     numbers: Callable[[Subject], Any] = lambda subject: None
     takes_context: bool = False
     needs_context: bool = False
+    takes_rows: bool = False
 
 
 KINDS = {
     "density": Kind(
         lambda subject: density_picture(
-            subject.flow, subject.source, subject.context, subject.given
+            subject.flow, subject.source, subject.context, subject.given, subject.seed
         ),
         takes_context=True,
     ),
@@ -195,6 +196,7 @@ KINDS = {
         lambda subject: tradeoff_picture(subject.tradeoff, subject.name),
         numbers=lambda subject: subject.tradeoff,
         takes_context=True,
+        takes_rows=True,
     ),
 }
 
@@ -208,6 +210,7 @@ def run(arguments: Namespace) -> None:
             f"--what {arguments.what} is no kind of picture; known are {', '.join(KINDS)}"
         )
     trained = read_run(arguments.run_folder, usable_device(arguments.device))
+    _check_rows(arguments, kind)
     _check_context(arguments, kind, trained)
     output = _output(arguments, kind, trained)
     subject = Subject(trained, arguments)
@@ -220,6 +223,19 @@ def run(arguments: Namespace) -> None:
         print(f"{arguments.what} of {trained.path} in {path}")
     else:
         print(f"{numbers}\n{path}")
+
+
+def _check_rows(arguments: Namespace, kind: Kind) -> None:
+    """Raises InputError for rows of a file, or columns of it, that would not be looked at."""
+    if kind.takes_rows:
+        return
+    named = arguments.file or ("--columns" if arguments.columns else None)
+    if named is not None:
+        wanted = ", ".join(name for name, one in KINDS.items() if one.takes_rows)
+        raise InputError(
+            f"{named} is for --what {wanted}; --what {arguments.what} draws the run's own data: "
+            "leave it out"
+        )
 
 
 def _check_context(arguments: Namespace, kind: Kind, trained: Run) -> None:

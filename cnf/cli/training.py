@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -70,31 +71,39 @@ def stopped_config(out: str) -> dict[str, Any]:
 
 
 def settings_kept(
-    out: str,
+    arguments: Namespace,
     config: Mapping[str, Any],
     given: Mapping[str, Any],
     read: Callable[[dict[str, Any]], Chosen],
     what: str,
-) -> tuple[Chosen, int | None]:
-    """The settings of the run in a folder, and its threads.
+) -> Chosen:
+    """The settings of the run in the folder `arguments.out`; where the arguments name no threads,
+    device or data they take over the run's.
 
     config: its config.json; given: settings that were given again; read: makes settings of what is
     stored; what: is trained.
     Raises InputError for a run of something else, and for a setting that is not the run's.
     """
+    out = arguments.out
     if not isinstance(config.get("settings"), dict):
         raise InputError(f"{out} holds no {what} to resume; leave --resume out to begin one")
     kept = read(config["settings"])
     for name, value in given.items():
         if getattr(kept, name) != value:
             raise other_setting(out, name, getattr(kept, name), value)
-    return kept, config.get("threads")
+    then = config.get("arguments") or {}
+    arguments.threads = arguments.threads or config.get("threads")
+    arguments.device = arguments.device or then.get("device")
+    arguments.data = arguments.data or then.get("data")
+    arguments.no_download = arguments.no_download or bool(then.get("no_download"))
+    return kept
 
 
 def config_of(settings: Any, arguments: Namespace) -> dict[str, Any]:
     """What it takes to repeat the run, or to go on with it; settings: a dataclass."""
+    folder = None if arguments.data is None else os.path.abspath(arguments.data)
     return {
-        "arguments": vars(arguments),
+        "arguments": {**vars(arguments), "data": folder},  # it may go on from elsewhere
         "settings": asdict(settings),
         "threads": torch.get_num_threads(),
         "ranks": here().world,
@@ -108,7 +117,7 @@ def opened_folder(arguments: Namespace, name: str) -> Iterator[RunFolder]:
     """The folder of the run that goes on, or one for a new run; name: of the run."""
     out = out_of(arguments, name)
     opened = resumed_folder(out) if arguments.resume else claimed_folder(out, arguments.overwrite)
-    with opened as folder:
+    with opened as folder, resumable(f"mnist {arguments.task}", folder):
         if arguments.tensorboard:
             folder.show_on_board()
         yield folder
@@ -148,7 +157,6 @@ def train_on(
     """
     snapshots = Snapshots(folder.path / SNAPSHOT, arguments.save_every)
     with (
-        resumable(f"mnist {arguments.task}", folder),
         _shown(arguments, told) as show,
         closing(snapshots.follow(training, device)) as records,
     ):

@@ -254,7 +254,7 @@ def _header(start: Sequence[Record], path: Path) -> list[str]:
     if ("text" in kinds and "number" not in kinds) or _counts_columns(first, below):
         names = [name.strip() for name in first]
         names[0] = names[0].lstrip("# ") or names[0]  # numpy.savetxt writes "# a,b"
-        return [name or f"unnamed {i}" for i, name in enumerate(names)]
+        return [name or _unnamed(i) for i, name in enumerate(names)]
     for value, kind, under in zip(first, kinds, below, strict=False):
         if kind == "text" and _kind(under) == "number":
             number_beside = first[kinds.index("number")]
@@ -264,6 +264,11 @@ def _header(start: Sequence[Record], path: Path) -> list[str]:
                 "column a name that is no number, or correct the value"
             )
     return []
+
+
+def _unnamed(column: int) -> str:
+    """What a column is called whose name is left out."""
+    return f"unnamed {column}"
 
 
 def _counts_columns(first: Sequence[str], below: Sequence[str]) -> bool:
@@ -467,15 +472,17 @@ def _checked_header(columns: Sequence[str], width: int) -> list[str] | None:
             f"columns has {len(names)} name{plural(names)} for values with {width} "
             f"column{plural(range(width))}; give one name for each column"
         )
-    if all(_kind(name) == "number" for name in names):
+    kinds = [_kind(name) for name in names]
+    taken = [name for name, kind in zip(names, kinds, strict=True) if kind == "number" or not name]
+    if "text" in kinds and not taken:  # others may be NA, such as the sodium of a glass
+        return names
+    counted = names[0] == _unnamed(0) and names[1:] == _counted(names[1:])  # as pandas counts
+    if counted or "text" not in kinds:
         return None
-    for name in names:
-        if _kind(name) != "text":
-            raise InputError(
-                f"columns has the name {quoted(name)}, which a reader takes for a value; "
-                f"give one such as {quoted('c' + name)}"
-            )
-    return names
+    raise InputError(
+        f"columns has the name {quoted(taken[0])}, which a reader takes for a value; give one such "
+        f"as {quoted('c' + taken[0])}"
+    )
 
 
 def _write_npy(file: BinaryIO, values: np.ndarray, header: list[str] | None) -> None:

@@ -69,3 +69,9 @@ def test_the_tradeoff_goes_to_the_run_folder_by_itself(
 )
 def test_what_cannot_be_done_is_refused(arguments, words, moons: Path, refusal) -> None:
     assert words in refusal(*(moons if part == "RUN" else part for part in arguments))
+
+
+def test_columns_of_no_file_are_refused(moons, refusal):
+    assert "--columns are those of a FILE, and none is named" in refusal(
+        "check", moons, "--columns", "a"
+    )

@@ -339,3 +339,36 @@ def test_settings_are_what_the_page_lists(capsys) -> None:
     for name in vars(Settings()):
         flag = "--steady" if name == "timed" else "--" + name.replace("_", "-")
         assert flag in page
+
+
+def test_a_run_that_goes_on_reads_the_images_that_it_began_with(
+    cnf_command, monkeypatch, tmp_path
+) -> None:
+    asked = []
+
+    def images_of(dataset, folder, download):
+        asked.append((folder, download))
+        return images("digits", None, False)
+
+    images = classify.images_of
+    monkeypatch.setattr(classify, "images_of", images_of)
+    for out, more in (("one", ("--no-download",)), ("two", ("--data", "here"))):
+        with monkeypatch.context() as patch:
+            at_step(patch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+            assert cnf_command(*TINY, *more, "--out", out).code == 130
+        assert cnf_command("mnist", "classify", "--resume", "--out", out).code == 0
+    assert asked[:2] == [(None, False)] * 2
+    assert asked[2:] == [("here", False), (str(tmp_path / "here"), False)]
+
+
+def test_another_preset_is_refused_when_resuming(cnf_command, monkeypatch, refusal) -> None:
+    stopped(cnf_command, monkeypatch)
+    assert "has preset 'quick', not 'paper'" in refusal(*TINY, "--resume", "--preset", "paper")
+
+
+def test_overwrite_removes_programs_of_the_older_net(cnf_command) -> None:
+    assert cnf_command(*TINY, "--steps", 1).code == 0
+    program = RUN / "model-nfe8.pt2"
+    program.write_text("of the older net")
+    assert cnf_command(*TINY, "--steps", 1, "--overwrite").code == 0
+    assert not program.exists()

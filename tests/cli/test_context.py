@@ -164,3 +164,9 @@ def test_samples_keep_to_a_budget(moons: Path, cnf_command) -> None:
     assert cnf_command("sample", moons, "-n", 5, "--nfe", 8, "--seed", 0, "-o", "s.npy").code == 0
     known = Flow.load(moons / "model.safetensors").sample(5, seed=0, nfe=8)
     assert np.allclose(np.load("s.npy"), known.numpy(), atol=1e-5)
+
+
+def test_the_commands_to_go_on_with_name_the_context(cnf_command) -> None:
+    outcome = cnf_command("fit", table(), "--columns", "0", "--context", "3", "--out", "r", *TINY)
+    assert "cnf check r --context dose\n" in outcome.out
+    assert "cnf sample r -n 1000 --context dose -o samples.npy" in outcome.out

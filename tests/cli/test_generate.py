@@ -313,3 +313,21 @@ def test_settings_are_what_the_page_lists(capsys) -> None:
     page = capsys.readouterr().out
     for name in vars(ImageSettings()):
         assert FLAGS_OFF.get(name, "--" + name.replace("_", "-")) in page
+
+
+def test_a_classifier_that_cannot_judge_is_refused_before_training(
+    refusal, monkeypatch, finished: Path
+) -> None:
+    def never(*arguments):
+        raise AssertionError("trained for nothing")
+
+    monkeypatch.setattr("cnf.cli.mnist.generate._trained", never)
+    sentence = refusal(*SMALL, "--classifier", "typo")
+    assert "typo holds no model.safetensors; name the folder of a finished run" in sentence
+
+
+def test_overwrite_leaves_no_classifier_of_other_images(cnf_command, small) -> None:
+    assert cnf_command(*small).code == 0
+    (RUN / "classifier").mkdir()
+    assert cnf_command(*small, "--overwrite").code == 0
+    assert not (RUN / "classifier").exists()

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import cnf
 from cnf.cli import fit, main
@@ -157,3 +158,26 @@ def test_an_interrupted_fit_keeps_its_best_weights(tmp_path: Path) -> None:
     assert "Traceback" not in err
     assert main(["sample", str(tmp_path / "runs/moons"), "-n", "2", "-o",
                  str(tmp_path / "s.csv")]) == 0  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:117] can't allocate memory: 8 GB"),
+     torch.OutOfMemoryError("CUDA out of memory.")],
+)  # fmt: skip
+def test_too_much_for_the_memory_is_one_sentence(error, monkeypatch, capsys):
+    def run(arguments):
+        raise error
+
+    monkeypatch.setattr("cnf.cli.fit.run", run)
+    assert main(["fit", "moons"]) == 2
+    assert capsys.readouterr().err.startswith("cnf: the memory does not hold this; ask for less")
+
+
+def test_another_runtime_error_keeps_its_traceback(monkeypatch):
+    def run(arguments):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr("cnf.cli.fit.run", run)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        main(["fit", "moons"])

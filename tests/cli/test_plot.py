@@ -95,3 +95,16 @@ def test_what_needs_a_plane_is_refused_elsewhere(cnf_command, refusal) -> None:
     assert "has one column" in refusal("plot", "r1", "--what", "animation")
     assert cnf_command("plot", "r3", "--what", "animation").code == 0
     assert cnf_command("plot", "r3", "--what", "samples").code == 0
+
+
+@pytest.mark.parametrize("more", [("t.csv",), ("--columns", "a")])
+def test_rows_that_would_not_be_looked_at_are_refused(more, moons: Path, refusal) -> None:
+    sentence = refusal("plot", moons, *more, "-o", "x.png")
+    assert f"{more[0]} is for --what tradeoff; --what density draws the run's own" in sentence
+
+
+def test_the_seed_is_that_of_the_samples_beside_a_density(moons: Path, cnf_command) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert cnf_command("plot", moons, "--seed", seed, "-o", f"{name}.png").code == 0
+    one, same, other = (Path(f"{name}.png").read_bytes() for name in "abc")
+    assert one == same and one != other

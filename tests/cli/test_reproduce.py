@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from matplotlib.image import imread
 
 from cnf.cli import finished
@@ -158,3 +159,31 @@ def test_runs_of_other_settings_are_not_taken_for_these(cnf_command, monkeypatch
 def test_wrong_use_is_one_sentence(arguments: tuple[str, ...], words: str, cnf_command) -> None:
     outcome = cnf_command("reproduce", *arguments)
     assert outcome.code == 2 and words in outcome.err
+
+
+def test_a_gpu_is_not_promised_where_none_is_used(cnf_command) -> None:
+    outcome = cnf_command("reproduce", "fig2", "--device", "nonsense")
+    assert outcome.code == 2 and "nonsense" in outcome.err
+    outcome = cnf_command("reproduce", "fig2", "--device", "meta")
+    assert outcome.code == 2 and not Path("runs/fig2/fig2.png").exists()
+
+
+def test_threads_are_given_to_torch(cnf_command) -> None:
+    before = torch.get_num_threads()
+    try:
+        assert cnf_command("reproduce", "fig2", "--threads", "1", "--quiet").code == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_errors_of_the_polygons_are_a_table(cnf_command) -> None:
+    head, first, *rest = cnf_command("reproduce", "fig2", "--quiet").out.splitlines()
+    assert head.split() == ["evaluations", "euler", "midpoint", "rk4"]
+    assert first.split()[0] == "8" and len(rest) == 8
+
+
+def test_a_folder_that_cannot_be_made_is_said(cnf_command) -> None:
+    Path("f").write_text("mine")
+    outcome = cnf_command("reproduce", "fig2", "--out", "f")
+    assert outcome.code == 2 and "the folder f cannot be made (File exists); choose" in outcome.err

@@ -444,3 +444,10 @@ def test_ten_kills_at_random_moments_change_no_bit(
         subprocess.run(command(arguments, out, more), env=HERE, check=True, capture_output=True)
         assert model(out) == model(whole) and steps(out) == steps(whole)
     assert kills >= 5
+
+
+def test_a_config_without_data_is_refused(killed: Path, refusal) -> None:
+    config = json.loads((killed / "config.json").read_text())
+    del config["arguments"]["data"]
+    (killed / "config.json").write_text(json.dumps(config))
+    assert "holds no fit to resume" in refusal("fit", "--resume", "--out", killed)

@@ -538,3 +538,14 @@ def test_a_new_file_has_the_rights_of_any_new_file_and_a_link_stays_a_link(tmp_p
     assert write_table(tmp_path / "link.csv", ROWS) == tmp_path / "link.csv"
     assert (tmp_path / "link.csv").is_symlink()
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["RI", "Na", "Mg"], ["none", "x", "null"], ["unnamed 0", "0", "1"], ["NA", "nan", "-"]],
+)
+def test_names_that_a_table_was_read_with_are_written_again(names, tmp_path):
+    values = [[0.5, 1.5, 2.5], [3.0, 4.0, 5.0]]
+    again = read_table(write_table(tmp_path / "t.csv", values, names))
+    assert again.values.tolist() == values
+    assert again.columns in (tuple(names), ("0", "1", "2"))

@@ -21,6 +21,7 @@ from cnf.cli.folder import (
     unfinished,
 )
 from cnf.cli.mnist.classifier import settings_of, write_classifier
+from cnf.cli.resumption import other_setting
 from cnf.cli.training import (
     begun,
     config_of,
@@ -43,7 +44,7 @@ from cnf.odenet.classification import (
 )
 from cnf.odenet.network import parameter_count
 from cnf.odenet.recipe import ImageTraining, build, images_of, split
-from cnf.odenet.settings import ODE_NETS, Settings, chosen
+from cnf.odenet.settings import ODE_NETS, QUICK, Settings, chosen
 from cnf.plot import classifier_figure, confusion_figure, save_figure
 from cnf.training.loop import Progress
 from cnf.training.ranks import here
@@ -96,14 +97,15 @@ def classified(arguments: Namespace) -> dict[str, Any]:
 def _settings(arguments: Namespace) -> Settings:
     """Of the preset and the arguments; of the run itself where it is resumed."""
     given = given_settings(arguments, Settings)
-    wanted = chosen(arguments.preset, given)
+    wanted = chosen(arguments.preset or QUICK, given)
     if not arguments.resume:
         return wanted
     arguments.out = arguments.out or unfinished(out_of(arguments, wanted.name))
     config = stopped_config(arguments.out)
-    kept, threads = settings_kept(arguments.out, config, given, settings_of, "classifier")
-    arguments.threads = arguments.threads or threads
-    arguments.device = arguments.device or config.get("arguments", {}).get("device")
+    kept = settings_kept(arguments, config, given, settings_of, "classifier")
+    preset = config["arguments"].get("preset") or QUICK
+    if arguments.preset not in (None, preset):
+        raise other_setting(arguments.out, "preset", preset, arguments.preset)
     return kept
 
 

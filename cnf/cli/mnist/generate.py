@@ -28,6 +28,7 @@ from cnf.cli.mnist.image_report import (
     density_figures,
     density_lines,
     judging_net,
+    named_classifier,
     sample_figures,
     sample_lines,
 )
@@ -76,6 +77,8 @@ def generated(arguments: Namespace) -> dict[str, Any]:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     data = pixels_of(settings.dataset, arguments, settings.validation, settings.seed)
+    if arguments.classifier is not None:  # hours before it is asked
+        named_classifier(arguments.classifier, data)
     with _folder(arguments, settings) as folder:
         with here().together():
             flow, history = _trained(folder, data, settings, device, arguments)
@@ -111,10 +114,7 @@ def _settings(arguments: Namespace) -> ImageSettings:
     arguments.out = arguments.out or unfinished(out_of(arguments, wanted.name))
     out = arguments.out
     config = read_config(Path(out)) if is_trained(out) else stopped_config(out)
-    kept, threads = settings_kept(out, config, given, image_settings, "flow over images")
-    arguments.threads = arguments.threads or threads
-    arguments.device = arguments.device or config.get("arguments", {}).get("device")
-    return kept
+    return settings_kept(arguments, config, given, image_settings, "flow over images")
 
 
 @contextmanager

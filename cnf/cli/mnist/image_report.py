@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cnf.cli.finished import finished
+from cnf.cli.folder import CLASSIFIER
 from cnf.cli.mnist.classifier import read_classifier
 from cnf.cli.mnist.image_picture import class_samples
 from cnf.cli.mnist.pixels import Pixels
@@ -26,7 +27,6 @@ NAMES = {
     "weighted": "weighted_bits_per_dim",
     "weighted_error": "weighted_bits_per_dim_error",
 }
-CLASSIFIER = "classifier"  # the folder, in a run, of the classifier that judges samples
 
 
 def judging_net(folder: Path, data: Pixels, arguments: Namespace) -> tuple[nn.Module, str]:
@@ -43,13 +43,18 @@ def judging_net(folder: Path, data: Pixels, arguments: Namespace) -> tuple[nn.Mo
         given += ["--data", arguments.data] if arguments.data else []
         given += ["--no-download"] if arguments.no_download else []
         finished(place, tuple(given), arguments)
+    return named_classifier(place, data).to(arguments.device), str(place)
+
+
+def named_classifier(place: str | Path, data: Pixels) -> nn.Module:
+    """The classifier in a run folder.  Raises InputError for one of images of another shape."""
     net, settings, shape = read_classifier(place)
     if shape != data.shape or settings.dataset != data.name:
         raise InputError(
             f"{place} classifies images of {settings.dataset}, not of {data.name}; name another "
             "--classifier, or leave it out"
         )
-    return net.to(arguments.device), str(place)
+    return net
 
 
 def sample_figures(

@@ -18,7 +18,7 @@ from cnf.cli.argument import (
     shares,
 )
 from cnf.cli.mnist.image_parser import add_flow_tasks
-from cnf.odenet.settings import DATASETS, NETS, PRESETS
+from cnf.odenet.settings import DATASETS, NETS, PRESETS, QUICK
 
 MNIST_PAGE = """\
 Classify images by a neural ODE, and draw them by a continuous normalizing flow.
@@ -230,7 +230,7 @@ def _solver_arguments(solver: Any) -> None:
 
 def _training_arguments(training: Any) -> None:
     training.add_argument(
-        "--preset", choices=tuple(PRESETS), default="quick", help="what the others start from"
+        "--preset", choices=tuple(PRESETS), help=f"what the others start from ({QUICK})"
     )
     budget = training.add_mutually_exclusive_group()
     budget.add_argument("--epochs", metavar="N", type=count, help="times through the images")

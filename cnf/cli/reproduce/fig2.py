@@ -33,7 +33,22 @@ def polygons(out: Path, arguments: Namespace) -> dict[str, Any]:
     )  # fmt: skip
     path = save_figure(figure, out / "fig2.png")
     tell(arguments, f"drawn in {path}")
+    if not arguments.json:
+        print("\n".join(_lines(errors)))
     return {"figure": str(path), "errors": errors}
+
+
+def _lines(errors: dict[str, list[tuple[int, float]]]) -> list[str]:
+    """The errors at the end as a table: a line for each number of evaluations."""
+    found = {name: dict(pairs) for name, pairs in errors.items()}
+    budgets = sorted({budget for pairs in found.values() for budget in pairs})
+    head = "evaluations" + "".join(f"{name:>12}" for name in found)
+
+    def shown(pairs: dict[int, float], budget: int) -> str:
+        return f"{pairs[budget]:>12.1e}" if budget in pairs else f"{'':>12}"
+
+    rows = ("".join(shown(pairs, n) for pairs in found.values()) for n in budgets)
+    return [head, *(f"{n:>11}{row}" for n, row in zip(budgets, rows, strict=True))]
 
 
 def _swing(t: Tensor, y: Tensor) -> Tensor:

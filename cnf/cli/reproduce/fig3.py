@@ -40,8 +40,6 @@ def costs(out: Path, arguments: Namespace) -> dict[str, Any]:
     net, settings, _ = read_classifier(folder)
     if not isinstance(net, ODENet):
         raise InputError(f"the net in {folder} has no ODE; name a run of --net odenet")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     device = usable_device(arguments.device)
     data = images_of(settings.dataset, arguments.data, not arguments.data)
     images = split(data, settings.validation, settings.seed).validation_images[:IMAGES]
@@ -123,5 +121,8 @@ def _told(one: dict[str, float]) -> str:
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a run's steps."""
-    with path.open(encoding="utf-8") as file:
-        yield from map(json.loads, file)
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield from map(json.loads, file)
+    except ValueError as error:
+        raise InputError(f"{path} is damaged; name another --run, or train it again") from error

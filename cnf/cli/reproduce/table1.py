@@ -181,8 +181,11 @@ def _footprint(
     known = read_json(path) if path.is_file() else {}
     key = f"{row}, {arguments.device}, {arguments.threads or 'all'} threads"
     asked = asdict(settings) | {"seed": 0, "epochs": 0, "steps": None}
-    if key in known and known[key]["settings"] == _plain(asked):
-        return Footprint.from_json(known[key]["footprint"])
+    try:
+        if key in known and known[key]["settings"] == _plain(asked):
+            return Footprint.from_json(known[key]["footprint"])
+    except (LookupError, TypeError) as error:
+        raise InputError(f"{path} is damaged; remove it, and it is measured again") from error
     if not wanted:
         return None
     tell(arguments, f"measuring an iteration of {row} at several depths")
