@@ -93,7 +93,7 @@ START_AT_ZERO = [
     if name.split(",")[0] in ("MLP", "bilinear", "residual", "timed", "planar")
 ]
 EACH_FIELD = pytest.mark.parametrize("name", FIELDS)
-LARGE = [name for name in FIELDS if name == "U-Net"]  # a minute for a thousand rows
+LARGE = [name for name in FIELDS if name == "U-Net"]  # up to a minute
 EACH_FIELD_AT_LENGTH = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in FIELDS]
 )
@@ -188,7 +188,7 @@ def test_rows_do_not_mix_and_each_takes_its_own_time(name):
     assert field(NOW, x[:0]).shape == (0, 3)
 
 
-@EACH_FIELD
+@EACH_FIELD_AT_LENGTH
 def test_a_flow_of_it_is_invertible_and_has_its_jacobians_determinant(name):
     flow = Flow(2, field=made(name, 2), rtol=1e-8, atol=1e-8, logdet_atol=1e-8).double()
     z = torch.randn(2, 2, dtype=F64)
@@ -212,7 +212,7 @@ def test_a_row_alone_shuffled_and_in_a_batch_of_a_thousand_has_one_density(name)
             assert torch.allclose(flow.log_prob(x[i]), together[i], rtol=0, atol=1e-6)
 
 
-@EACH_FIELD
+@EACH_FIELD_AT_LENGTH
 def test_kinetic_energy_and_jacobians_norm_are_their_integrals_by_direct_quadrature(name):
     field, x = made(name, 2), torch.randn(3, 2, dtype=F64)
     points = 1201 if name == "U-Net" else 601  # its embedding of the time turns faster
