@@ -10,7 +10,7 @@ anew from the law, for all methods and on the clock.  The clock runs while a flo
 stands still while its gap is measured.  Averaged weights are judged, of the same average for all.
 
 - "cnf" and "cnf, ML only": `Flow(2).fit(law, seconds=S)`, its defaults and method="ml".  A fit
-  plans its learning rate over the seconds that it is given, so fits of 1.5, 3, 6, … seconds are
+  plans its learning rate over the seconds that it is given, so fits of 1.5, 2.1, 3, … seconds are
   each run from nothing; the time to a gap is that of the shortest fit that ends within it.  After
   the fit of 24 seconds comes that of the cap, and those between where it reached something new.
 - "zuko CNF": `zuko.flows.CNF(2)` as its documentation trains it, exact trace and defaults.
@@ -53,7 +53,7 @@ from cnf.training.loop import Average, Plan
 
 AIMS = (0.1, 0.05, 0.02)  # nats
 FRESH = 5_000
-BUDGETS = (1.5, 3.0, 6.0, 12.0, 24.0)  # seconds of our fits, before that of the cap
+BUDGETS = (1.5, 2.1, 3.0, 4.2, 6.0, 8.5, 12.0, 17.0, 24.0)  # seconds of our fits, before the cap
 BETWEEN = (66.0,)  # and after it, where it reached an aim that those had not
 FIRST_LOOK, LOOK_GROWTH = 1.0, 1.5
 GRACE = 60.0  # seconds beyond the cap that one step of a rival may take
