@@ -61,7 +61,8 @@ class Evaluable(Protocol):
 class Info:
     """How log-densities came about, and what each is worth; tensors have the log-densities' shape.
 
-    nfe: evaluations of the field, the most of any chunk of rows; divergence: the one in use;
+    nfe: evaluations of the field, the most of any chunk of rows; divergence: the one in use, or
+    those, where some rows were evaluated by another to keep to an error;
     nfe_per_sample: what each row needed; integration_error: nats, the distance to the value under
     tolerances a hundred times tighter (a quarter of the step), in float64 where the flow can be
     taken there, so that rounding is part of it; trace_error: nats, the standard error of the
@@ -100,7 +101,8 @@ class Request(NamedTuple):
 class Valued(NamedTuple):
     """Log-densities of rows (batch,), and what they cost and are worth, each (batch,) too.
 
-    calls: evaluations of the field for all rows together.
+    calls: evaluations of the field for all rows together; divergences: names of those that were
+    taken.
     """
 
     log_prob: Tensor
@@ -108,6 +110,7 @@ class Valued(NamedTuple):
     nfe: Tensor
     integration_error: Tensor
     trace_error: Tensor
+    divergences: frozenset[str]
 
 
 def in_double(flow: Evaluable) -> Any:
@@ -145,7 +148,12 @@ def valued(
     nfe = torch.as_tensor(stats.nfe).expand(len(x))
     with torch.no_grad():
         off, noise = _errors(flow, twin, x, context, request, log_prob)
-    return Valued(log_prob, stats.calls, nfe, off, noise)
+    return Valued(log_prob, stats.calls, nfe, off, noise, frozenset({_name(request.divergence)}))
+
+
+def _name(divergence: Divergence) -> str:
+    """Its kind, as the user named it."""
+    return "Hutchinson" if isinstance(divergence, Hutchinson) else type(divergence).__name__
 
 
 def _errors(
@@ -291,25 +299,28 @@ def joined(parts: list[Valued], shape: torch.Size, divergence: Divergence) -> tu
         for name in ("log_prob", "nfe", "integration_error", "trace_error")
     )
     calls = max(part.calls for part in parts)
-    return log_prob, Info(calls, type(divergence).__name__, nfe, off, noise)
+    taken = frozenset[str]().union(*(part.divergences for part in parts))
+    names = ", ".join(sorted(taken)) or _name(divergence)
+    return log_prob, Info(calls, names, nfe, off, noise)
 
 
 def _taken(value: Valued, rows: Tensor) -> Valued:
     """The values of some rows."""
     parts = (value.log_prob, value.nfe.to(rows.device), value.integration_error, value.trace_error)
     log_prob, nfe, off, noise = (part[rows] for part in parts)
-    return Valued(log_prob, value.calls, nfe, off, noise)
+    return Valued(log_prob, value.calls, nfe, off, noise, value.divergences)
 
 
 def _in_order(found: list[tuple[Tensor, Valued]], x: Tensor) -> Valued:
     """The values of all rows, in the order of their places."""
     if not found:
         none = x.new_empty(0)
-        return Valued(none, 0, none.long(), none.double(), none.double())
+        return Valued(none, 0, none.long(), none.double(), none.double(), frozenset())
     order = torch.cat([rows for rows, _ in found]).argsort()
     values = [value for _, value in found]
     log_prob, nfe, off, noise = (
         torch.cat([getattr(value, name) for value in values])[order]
         for name in ("log_prob", "nfe", "integration_error", "trace_error")
     )
-    return Valued(log_prob, max(value.calls for value in values), nfe, off, noise)
+    taken = frozenset[str]().union(*(value.divergences for value in values))
+    return Valued(log_prob, max(value.calls for value in values), nfe, off, noise, taken)

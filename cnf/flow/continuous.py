@@ -112,6 +112,8 @@ def takes_row_times(field: VectorField, x: Tensor, rows: tuple[Tensor, ...] = ()
     """
     if is_row_wise(field):
         return True
+    if not len(x):  # no row to stand for the others
+        return False
     # as many as no width, so that times are not broadcast along the features by accident
     count = 2 * x.shape[1] + 3
     points = torch.linspace(-1.0, 1.0, count * x.shape[1], dtype=x.dtype, device=x.device)

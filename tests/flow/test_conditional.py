@@ -502,3 +502,9 @@ def test_what_is_asked_ahead_of_a_solve_does_not_depend_on_the_mode():
     found = flow.log_prob(x, context)
     assert torch.equal(flow.log_prob(x, context), found) and flow.field.training
     assert torch.equal(flow.eval().log_prob(x, context), found)
+
+
+def test_no_draws_of_a_field_of_ones_own_are_none():
+    flow = Flow(2, context=3, field=Dropping())
+    assert flow.sample(0, torch.zeros(0, 3)).shape == (0, 2)
+    assert flow.log_prob(torch.zeros(0, 2), torch.zeros(0, 3)).shape == (0,)
