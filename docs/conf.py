@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from importlib.metadata import version as installed_version
 from typing import Any
@@ -17,7 +18,8 @@ myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 nb_execution_mode = "cache"
-nb_execution_timeout = 300
+nb_execution_timeout = 900  # of a cell: other work beside it, or a slow machine, is no error
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for which idle threads make room
 nb_execution_raise_on_error = True
 
 autodoc_member_order = "bysource"

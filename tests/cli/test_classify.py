@@ -231,6 +231,7 @@ def test_what_came_after_the_last_snapshot_is_done_again(
     assert model(RUN) == model(finished) and losses(RUN) == losses(finished)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_bit_for_bit_alike(tmp_path: Path) -> None:
     def command(out: str, *more: str) -> list[str]:
         return [sys.executable, "-m", "cnf", *TINY, "--steps", "150", "--out", out, *more]

@@ -19,6 +19,7 @@ def request(settings: Settings, depth: int, timed: int) -> dict:
     return given | {"classes": 10, "device": "cpu", "threads": 1, "timed": timed}
 
 
+@pytest.mark.slow
 def test_a_net_is_measured_at_every_depth(monkeypatch) -> None:
     monkeypatch.setattr(footprint, "STEPS", (1, 3))
     found = footprint.footprint(SETTINGS, (1, 8, 8), 10, "cpu", 1)

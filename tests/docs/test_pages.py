@@ -136,6 +136,7 @@ def test_the_doctests_of_a_page_pass(name, brief):
 TUTORIALS = sorted(path.name for path in DOCS.glob("*.ipynb") if path.name != "mnist_odenet.ipynb")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TUTORIALS)
 def test_the_code_of_a_tutorial_runs(name, brief, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))

@@ -33,6 +33,7 @@ def test_the_posterior_is_prior_times_likelihood(gains):
     assert apart.std() < 1e-4 * max(1.0, apart.abs().max())  # the same up to the evidence
 
 
+@pytest.mark.slow
 def test_fitted_to_simulations_a_flow_is_calibrated():
     flow = cnf.Flow(2, context=3, hidden=(32, 32), bandwidth=None, seed=0)
     found = example.infer(
