@@ -12,7 +12,6 @@ from cnf.cli.mnist.classifier import settings_of
 from cnf.cli.parser import parse
 from cnf.cli.training import given_settings, tell
 from cnf.error import InputError
-from cnf.odenet.settings import QUICK as PRESET
 from cnf.odenet.settings import Settings, chosen
 from cnf.training.snapshot import Snapshots
 
@@ -36,7 +35,7 @@ def given(arguments: Namespace, *more: str) -> tuple[str, ...]:
 def settings_for(told: tuple[str, ...]) -> Settings:
     """The settings that these arguments mean."""
     wanted = _parsed(Path(), told)
-    return chosen(wanted.preset or PRESET, given_settings(wanted, Settings))
+    return chosen(wanted.preset, given_settings(wanted, Settings))
 
 
 def figures_of(folder: Path, told: tuple[str, ...]) -> dict[str, Any] | None:

@@ -333,7 +333,7 @@ def _warn_of_draws(before: Tensor, after: Tensor | None) -> None:
             "the field draws random numbers (a Dropout in train(), say), and backward, which "
             "evaluates it again, draws others: the gradient is not that of this solution; use "
             "gradient='backprop', or draw once and hand the noise in by rows= or params=",
-            stacklevel=3,
+            stacklevel=4,  # who called solve
         )
 
 

@@ -102,13 +102,14 @@ QUICK = "quick"  # the preset where none is named
 PRESETS: dict[str, dict[str, Any]] = {QUICK: {}, "paper": PAPER}
 
 
-def chosen(preset: str, given: dict[str, Any]) -> Settings:
+def chosen(preset: str | None, given: dict[str, Any]) -> Settings:
     """The settings of a preset, fit for the size of the images, and what was given besides.
 
-    preset: "quick", an ODE-Net for minutes on a CPU, or "paper", Chen et al.'s sizes and recipe.
+    preset: "quick" or None, an ODE-Net for minutes on a CPU, or "paper", Chen et al.'s sizes and
+    recipe.
     """
     unknown = given.keys() - {one.name for one in fields(Settings)}
     if unknown:
         raise InputError(f"{sorted(unknown)[0]!r} is no setting; see Settings for those there are")
     small = DIGITS if given.get("dataset") == "digits" else {}
-    return Settings(**(PRESETS[preset] | small)).changed(**given)
+    return Settings(**(PRESETS[preset or QUICK] | small)).changed(**given)

@@ -373,3 +373,18 @@ def test_overwrite_removes_programs_of_the_older_net(cnf_command) -> None:
     program.write_text("of the older net")
     assert cnf_command(*TINY, "--steps", 1, "--overwrite").code == 0
     assert not program.exists()
+
+
+def test_a_report_that_was_interrupted_is_made_when_the_run_goes_on(
+    cnf_command, monkeypatch, finished: Path
+) -> None:
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(classify, "_figures", interrupted)
+        code, _, err = cnf_command(*TINY)
+    assert code == 130
+    assert err.count("goes on from here") == 1 and "cnf mnist classify --resume --out" in err
+    assert cnf_command(*TINY, "--resume").code == 0
+    assert model(RUN) == model(finished) and names(RUN) == FILES

@@ -9,7 +9,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from cnf.cli import finished
+from cnf.cli import finished, reproduce
 from cnf.cli.mnist import classify
 from cnf.cli.reproduce import adjoint, table1
 from cnf.cli.reproduce.footprint import Footprint
@@ -187,3 +187,15 @@ def test_a_folder_that_cannot_be_made_is_said(cnf_command) -> None:
     Path("f").write_text("mine")
     outcome = cnf_command("reproduce", "fig2", "--out", "f")
     assert outcome.code == 2 and "the folder f cannot be made (File exists); choose" in outcome.err
+
+
+def test_what_was_stopped_on_the_way_to_a_figure_goes_on_by_the_same_command(
+    cnf_command, monkeypatch
+) -> None:
+    def stopped(out, arguments):
+        raise KeyboardInterrupt("`cnf mnist classify --resume --out x` goes on from here")
+
+    monkeypatch.setitem(reproduce.MAKERS, "fig3", stopped)
+    outcome = cnf_command("reproduce", "fig3")
+    assert outcome.code == 130
+    assert outcome.err == "cnf: interrupted; the same command goes on from here\n"

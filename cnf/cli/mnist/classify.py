@@ -97,13 +97,13 @@ def classified(arguments: Namespace) -> dict[str, Any]:
 def _settings(arguments: Namespace) -> Settings:
     """Of the preset and the arguments; of the run itself where it is resumed."""
     given = given_settings(arguments, Settings)
-    wanted = chosen(arguments.preset or QUICK, given)
+    wanted = chosen(arguments.preset, given)
     if not arguments.resume:
         return wanted
     arguments.out = arguments.out or unfinished(out_of(arguments, wanted.name))
     config = stopped_config(arguments.out)
     kept = settings_kept(arguments, config, given, settings_of, "classifier")
-    preset = config["arguments"].get("preset") or QUICK
+    preset = (config.get("arguments") or {}).get("preset") or QUICK
     if arguments.preset not in (None, preset):
         raise other_setting(arguments.out, "preset", preset, arguments.preset)
     return kept
