@@ -20,6 +20,7 @@ from cnf.training.ranks import current
 from cnf.training.snapshot import Snapshots
 
 VALIDATION_ROWS = 2048  # looked at while training
+PLENTY = 5  # rows to train on for each parameter, with which nothing is learned by heart
 LEAST_STEPS = 1000  # of the solver that a validation may take
 
 
@@ -145,7 +146,8 @@ class Fitting:
             put(self._parameters(), self.best.weights)
         else:  # a fit never ends worse than it began
             (score,) = current().agreed(self.score())
-            self.best.offer(score, [p.detach() for p in self._parameters()])
+            weights = [p.detach() for p in self._parameters()]
+            self.best.offer(score, weights, self.score.losses)
         self.best.age = 0
         return self._made()
 
@@ -198,16 +200,17 @@ class Validation:
     """The score of a flow: mean negative log-likelihood of the validation rows, in nats; infinite
     where it fails.
 
+    trained_on: how many other rows the flow is trained on, None where they never end.
     log_prob: of the rows, when they were last scored; objective: is told what scoring cost.
     Of ranks that train together each evaluates its share of the rows.
     """
 
-    def __init__(self, flow: Any, rows: Tensor) -> None:
+    def __init__(self, flow: Any, rows: Tensor, trained_on: int | None) -> None:
         # from end to end: they may be sorted
         count = min(len(rows), VALIDATION_ROWS)
         chosen = torch.linspace(0, len(rows) - 1, count, dtype=torch.float64).round().long()
         self._flow, self._rows = flow, rows[chosen.to(rows.device)]
-        self._most = flow.solver.max_steps
+        self._most, self._trained_on = flow.solver.max_steps, trained_on
         self.log_prob = torch.full((count,), -math.inf)
         self.objective: nn.Module | None = None
 
@@ -216,6 +219,17 @@ class Validation:
         own = self._evaluated(self._rows[ranks.share(total)])
         self.log_prob = ranks.whole(own, total)
         return -self.log_prob.mean().item()
+
+    @property
+    def losses(self) -> Tensor | None:
+        """Of the rows, when they were last scored, (rows,), by which chance is told.
+
+        None with too few rows to train on: a score that rises may mean that they are learned by
+        heart, and is heeded whatever the doubt.
+        """
+        parameters = sum(p.numel() for p in self._flow.parameters() if p.requires_grad)
+        few = self._trained_on is not None and self._trained_on < PLENTY * parameters
+        return None if few else -self.log_prob
 
     @torch.no_grad()
     def _evaluated(self, rows: Tensor) -> Tensor:

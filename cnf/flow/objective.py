@@ -135,7 +135,7 @@ class FlowMatching(nn.Module):
         self,
         flow: Trainable,
         *,
-        neighbours: int = 128,
+        neighbours: int = 512,
         coupling: str | Coupling = "independent",
         late: float = 0.0,
         capture: bool = False,
@@ -231,9 +231,10 @@ def expected_velocity(at: Tensor, end: Tensor, t: Tensor, told: Tensor | None = 
     """
     t = t.unsqueeze(-1)
     noise = (1 - t).clamp_min(torch.finfo(t.dtype).eps)
-    # log N(at; t·end, (1 − t)²) up to a constant of the row
-    squares = end.square().sum(-1).unsqueeze(-2)
-    logits = (t * (at @ end.transpose(-1, -2)) - 0.5 * t.square() * squares) / noise.square()
+    # log N(at; t·end, (1 − t)²) up to a constant of the row: one product over dim + 1 columns
+    scale = t / noise.square()
+    rows = torch.cat([scale * at, -0.5 * t * scale], -1)
+    logits = rows @ torch.cat([end, end.square().sum(-1, keepdim=True)], -1).transpose(-1, -2)
     if told is not None:
         same = (told.unsqueeze(-2) == told.unsqueeze(-3)).all(-1)
         logits = logits.masked_fill(~same, -torch.inf)

@@ -82,7 +82,7 @@ def fit_flow(
         if origin.is_new:
             _set_maps(flow, split)
         current().give(flow)
-        score = Validation(flow, split.validation)
+        score = Validation(flow, split.validation, split.rows)
         weights = None if split.weights is None else digest(split.weights)
         origin.add({"rows": split.rows, "data": score.digest, "weights": weights})
         origin.add({"training data": split.digest, **_settings_of(flow)})

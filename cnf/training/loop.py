@@ -23,6 +23,7 @@ Validate = Callable[[], float]
 
 PATIENCE_BATCHES = 50  # non-finite losses in a row before giving up
 VALIDATION_SHARE = 0.15  # of the time, at the most, where the budget is in seconds
+DOUBT = 1.0  # standard errors of a difference in which it may be chance
 TIMED_STEPS = 10  # steps that are timed before their number is planned
 
 
@@ -83,18 +84,39 @@ class Plan:
 
 @dataclass
 class Best:
-    """The best averaged weights so far and their score; starts with none."""
+    """The averaged weights to keep so far and their score; starts with none.
+
+    They are those of the lowest score, or later ones where the rows leave in doubt whether their
+    score is higher: of two that cannot be told apart the longer trained are the better as a rule.
+    age: how many were offered in a row that are not kept; lowest, losses: the lowest score, and the
+    rows' losses of which it is the mean, if it is one.
+    """
 
     score: float = math.inf
     weights: list[Tensor] = field(default_factory=list)
     age: int = 0
+    lowest: float = math.inf
+    losses: Tensor | None = None
 
-    def offer(self, score: float, weights: list[Tensor]) -> None:
-        """Keep a copy of `weights` if their score is lower."""
-        self.age += 1
-        if score < self.score:
-            self.score, self.age = score, 0
-            self.weights = [weight.clone() for weight in weights]
+    def offer(self, score: float, weights: list[Tensor], losses: Tensor | None = None) -> None:
+        """Keep a copy of `weights` if their score is lower, or may be.
+
+        losses: (rows,), of which the score is the mean, of the same rows at every call.
+        """
+        if score < self.lowest:
+            self.lowest, self.losses = score, losses
+        elif not self._may_be_as_low(losses):
+            self.age += 1
+            return
+        self.score, self.age = score, 0
+        self.weights = [weight.clone() for weight in weights]
+
+    def _may_be_as_low(self, losses: Tensor | None) -> bool:
+        """Whether the rows' losses are above those of the lowest score by no more than chance."""
+        if losses is None or self.losses is None or len(losses) < 2:
+            return False
+        excess = losses - self.losses
+        return bool(excess.mean() <= DOUBT * excess.std() / math.sqrt(len(excess)))
 
 
 def train(
@@ -169,7 +191,8 @@ class Training:
         if due or last:
             with self.average.in_place(), clock.validating(self.step):
                 (score,) = self.ranks.agreed(self.validate())
-            self.best.offer(score, self.average.weights)
+            losses = getattr(self.validate, "losses", None)
+            self.best.offer(score, self.average.weights, losses)
         tired = plan.patience is not None and self.best.age >= plan.patience
         self.is_done = last or tired
         return Progress(
@@ -266,7 +289,7 @@ class Training:
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.load_state_dict(state["average"])
-        vars(self.best).update(state["best"])
+        vars(self.best).update({"lowest": state["best"]["score"], **state["best"]})
         self._clock.load_state_dict(state["clock"])
         if state["batches"] is not None:
             batches: Any = self.batches
