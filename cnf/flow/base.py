@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributions, nn
-from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, Normal
+from torch.distributions import (
+    Categorical,
+    Distribution,
+    Independent,
+    MixtureSameFamily,
+    Normal,
+    constraints,
+)
 
 from cnf.error import InputError, whole_number
 from cnf.flow.transform import standard_normal_log_prob
@@ -138,10 +145,27 @@ LEARNED = {kind.__name__: kind for kind in (DiagonalGaussian, StudentT, Gaussian
 
 
 def base_log_prob(base: Any, z: Tensor) -> Tensor:
-    """Log-density of z (batch, dim) under a base, the standard normal for None."""
+    """Log-density of z (batch, dim) under a base, the standard normal for None; −∞ beyond its
+    support.
+    """
     if base is None or len(z) == 0:  # torch's Independent fails without rows
         return standard_normal_log_prob(z)
-    return base.log_prob(z)
+    if _is_everywhere(base):
+        return base.log_prob(z)
+    inside = base.support.check(z)
+    beyond = z.new_full((len(z),), -torch.inf)
+    return beyond.index_put((inside,), base.log_prob(z[inside])) if inside.any() else beyond
+
+
+def _is_everywhere(base: Any) -> bool:
+    """Whether a base's density is above 0 in all places, or it does not say where."""
+    try:
+        support = None if isinstance(base, LearnedBase) else base.support
+    except NotImplementedError:
+        support = None
+    while (inner := getattr(support, "base_constraint", None)) is not None:
+        support = inner
+    return support is None or isinstance(support, type(constraints.real))
 
 
 def drawn(base: Any, n: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:

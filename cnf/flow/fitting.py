@@ -20,7 +20,7 @@ from cnf.training.ranks import current
 from cnf.training.snapshot import Snapshots
 
 VALIDATION_ROWS = 2048  # looked at while training
-PLENTY = 5  # rows to train on for each parameter, with which nothing is learned by heart
+PLENTY = 5  # rows to train on for each parameter, with which hardly any is learned by heart
 LEAST_STEPS = 1000  # of the solver that a validation may take
 
 

@@ -433,7 +433,18 @@ def test_rows_of_ones_own_are_validated_on_and_not_trained_on(kind):
 def test_sorted_rows_of_ones_own_are_looked_at_from_end_to_end(monkeypatch):
     monkeypatch.setattr(fitting, "VALIDATION_ROWS", 10)
     own = torch.arange(100.0)[:, None].expand(-1, 2)
-    assert fitting.Validation(tiny(), own, None)._rows[:, 0].tolist() == [11.0 * i for i in range(10)]
+    assert fitting.Validation(tiny(), own, None)._rows[:, 0].tolist() == [
+        11.0 * i for i in range(10)
+    ]
+
+
+@pytest.mark.parametrize(("rows", "are_plenty"), [(None, True), (10**6, True), (300, False)])
+def test_chance_is_told_where_rows_are_plenty(rows, are_plenty):
+    score = fitting.Validation(tiny(), banana(50), rows)
+    found = score()
+    assert (score.losses is not None) == are_plenty
+    if score.losses is not None:
+        assert found == pytest.approx(score.losses.mean().item())
 
 
 def test_sorted_rows_are_whitened_as_a_whole(monkeypatch):

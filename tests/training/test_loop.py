@@ -367,6 +367,70 @@ def test_best_keeps_copies():
     assert not best.weights[0].any()
 
 
+# chance -------------------------------------------------------------------------------------
+
+NOISE = torch.linspace(-1, 1, 100)  # of the difference of two scores: its error is 0.058
+
+
+def offered(best: Best, excess: float, noise: torch.Tensor | float = NOISE) -> bool:
+    """Whether weights are kept whose rows' losses are those of 5 and some more."""
+    losses = 5 + excess + noise * torch.ones(100)
+    weights = [torch.rand(2)]
+    best.offer(losses.mean().item(), weights, losses)
+    return torch.equal(best.weights[0], weights[0])
+
+
+def test_later_weights_are_kept_where_chance_may_have_made_them_worse():
+    best = Best()
+    assert offered(best, 0.0, 0.0)
+    assert offered(best, 0.05)
+    assert best.score == pytest.approx(5.05) and best.age == 0
+    assert not offered(best, 0.07)
+    assert best.score == pytest.approx(5.05) and best.age == 1
+
+
+def test_beyond_doubt_worse_weights_are_not_kept_however_little_they_are():
+    best = Best()
+    assert offered(best, 0.0, 0.0)
+    assert not offered(best, 1e-3, 1e-3)
+
+
+def test_many_small_losses_do_not_add_up():
+    best = Best()
+    kept = [offered(best, 0.02 * i, NOISE if i else 0.0) for i in range(10)]
+    assert kept == [True] * 3 + [False] * 7
+    assert best.lowest == pytest.approx(5.0) and best.age == 7
+
+
+def test_without_rows_a_higher_score_is_worse():
+    best, weights = Best(), [torch.zeros(2)]
+    best.offer(1.0, weights)
+    best.offer(1.0 + 1e-9, [torch.ones(2)], None)
+    assert not best.weights[0].any() and best.age == 1
+
+
+def test_rows_without_a_density_are_beyond_doubt():
+    best = Best()
+    assert offered(best, 0.0, 0.0)
+    for lost in (math.inf, math.nan):
+        assert not offered(best, lost)
+
+
+def test_a_training_offers_the_rows_that_its_score_is_made_of():
+    class Score:
+        losses = torch.zeros(0)
+
+        def __call__(self) -> float:
+            self.losses = torch.tensor([1.0, 3.0]) + 0.1 * len(seen) * torch.tensor([1.0, -0.5])
+            seen.append(self.losses)
+            return self.losses.mean().item()
+
+    seen, best = [], Best()
+    run(Parabola(), validate=Score(), best=best, validations=4)
+    assert torch.equal(best.losses, seen[0])
+    assert best.lowest < best.score == pytest.approx(seen[-1].mean().item())
+
+
 def test_weights_in_place_come_back_even_after_an_error():
     parameter = nn.Parameter(torch.zeros(2))
     with pytest.raises(ZeroDivisionError), weights_in_place([parameter], [torch.ones(2)]):

@@ -87,6 +87,27 @@ def test_time_goes_on_where_it_stopped() -> None:
     assert next(iter(again)).seconds > 100.0 > record.seconds
 
 
+def test_what_tells_chance_comes_back(tmp_path: Path) -> None:
+    training = begun(Adam())
+    training.best.offer(5.0, training.average.weights, torch.tensor([4.0, 6.0]))
+    Snapshots(tmp_path / "snapshot.pt").write(training.state_dict(), CPU)
+    again = begun(Adam())
+    again.load_state_dict(Snapshots(tmp_path / "snapshot.pt").read().state)
+    assert again.best.lowest == 5.0 and again.best.losses.tolist() == [4.0, 6.0]
+
+
+def test_a_snapshot_from_before_chance_was_told_has_its_lowest_score(tmp_path: Path) -> None:
+    training = begun(Adam())
+    training.best.offer(5.0, training.average.weights)
+    state = training.state_dict()
+    state["best"] = {name: state["best"][name] for name in ("score", "weights", "age")}
+    again = begun(Adam())
+    again.load_state_dict(state)
+    assert again.best.lowest == 5.0
+    again.best.offer(5.5, again.average.weights)
+    assert again.best.score == 5.0
+
+
 def test_batches_without_a_place_are_left_alone() -> None:
     module = Fit()
     x = torch.randn(4, 3)
