@@ -22,7 +22,9 @@ from cnf.flow.keyed import keys_of, uniform
 from cnf.flow.objective import training_solver
 
 SHAPE, DIM = (1, 4, 4), 16
-IMAGES = torch.randint(0, 256, (6, *SHAPE), dtype=torch.uint8)
+IMAGES = torch.randint(
+    0, 256, (6, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
 LABELS = torch.tensor([0, 1, 2, 2, 1, 0])
 
 
@@ -156,10 +158,11 @@ def test_bits_do_not_depend_on_solver_tolerance_and_batch():
 
 
 def test_an_image_keeps_its_density_wherever_it_is():
-    flow, order = small(classes=3), torch.tensor([4, 2, 0, 5, 1, 3])
+    # in single precision rounding may choose another step, of as small an error
+    flow, order = small(classes=3).double(), torch.tensor([4, 2, 0, 5, 1, 3])
     there = flow.log_prob(IMAGES, LABELS)
     moved = flow.log_prob(IMAGES[order], LABELS[order], chunk=2)
-    assert torch.allclose(moved, there[order], atol=1e-4)
+    assert torch.allclose(moved, there[order], atol=1e-6)
 
 
 def test_pixels_are_the_same_in_any_form():
