@@ -153,8 +153,10 @@ def base_log_prob(base: Any, z: Tensor) -> Tensor:
     if _is_everywhere(base):
         return base.log_prob(z)
     inside = base.support.check(z)
-    beyond = z.new_full((len(z),), -torch.inf)
-    return beyond.index_put((inside,), base.log_prob(z[inside])) if inside.any() else beyond
+    if not inside.any():
+        return z.new_full((len(z),), -torch.inf)
+    log_prob = base.log_prob(z[inside])  # of the precision of both
+    return log_prob.new_full((len(z),), -torch.inf).index_put((inside,), log_prob)
 
 
 def _is_everywhere(base: Any) -> bool:

@@ -144,7 +144,7 @@ class Fitting:
             return self._made()
         if self.best.weights:
             put(self._parameters(), self.best.weights)
-        else:  # a fit never ends worse than it began
+        else:  # a fit never ends worse than it began, beyond chance
             (score,) = current().agreed(self.score())
             weights = [p.detach() for p in self._parameters()]
             self.best.offer(score, weights, self.score.losses)

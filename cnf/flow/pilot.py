@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from cnf.flow.objective import FlowMatching, Trainable
-from cnf.training.loop import Batches, Best, Plan, Progress, Training, put
+from cnf.training.loop import (
+    Batches,
+    Best,
+    Plan,
+    Progress,
+    Training,
+    is_beyond_chance,
+    put,
+)
 from cnf.training.ranks import current
 
 Bandwidth = tuple[float, float] | None
@@ -19,7 +27,6 @@ BANDWIDTHS: tuple[Bandwidth, ...] = ((0.5, 6.0), (1.0, 12.0), (0.2, 2.0), None)
 WIDTHS = ((128, 128), (64, 64), (256, 256))
 SHARE = 0.12  # of the budget
 LEAST_SECONDS, LEAST_STEPS = 0.25, 20  # of one candidate: a shorter trial says nothing
-DOUBT = 1.0  # standard errors by which a candidate must beat the best before it
 
 
 class Shape(NamedTuple):
@@ -174,7 +181,7 @@ class _Trial:
         gain = self.log_prob - other.log_prob
         if not (torch.isfinite(gain).all() and len(gain) > 1):
             return bool(self.log_prob.mean() > other.log_prob.mean())
-        return bool(gain.mean() > DOUBT * gain.std() / math.sqrt(len(gain)))
+        return is_beyond_chance(gain)
 
     def result(self) -> dict[str, Any]:
         """What remains of a trial that was judged."""

@@ -23,7 +23,7 @@ Validate = Callable[[], float]
 
 PATIENCE_BATCHES = 50  # non-finite losses in a row before giving up
 VALIDATION_SHARE = 0.15  # of the time, at the most, where the budget is in seconds
-DOUBT = 1.0  # standard errors of a difference in which it may be chance
+DOUBT = 1.0  # standard errors of a mean difference up to which it may be chance
 TIMED_STEPS = 10  # steps that are timed before their number is planned
 
 
@@ -116,7 +116,15 @@ class Best:
         if losses is None or self.losses is None or len(losses) < 2:
             return False
         excess = losses - self.losses
-        return bool(excess.mean() <= DOUBT * excess.std() / math.sqrt(len(excess)))
+        return bool(excess.isfinite().all()) and not is_beyond_chance(excess)
+
+
+def is_beyond_chance(differences: Tensor) -> bool:
+    """Whether the mean of differences (rows,), at least two, is above 0 by more than DOUBT of its
+    standard errors.
+    """
+    error = differences.std() / math.sqrt(len(differences))
+    return bool(differences.mean() > DOUBT * error)
 
 
 def train(
