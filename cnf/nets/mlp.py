@@ -243,8 +243,13 @@ class _TimeLayer(nn.Module):
     def forward(
         self, t: Tensor, given: Tensor | None = None
     ) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor]:
-        vector = self.vector(t) if given is None else self.vector(t) + given
-        parts = vector.split(self.sizes, -1)
+        if given is None and t.ndim:  # each by itself: the gradient of one whole is a large copy
+            features = self.features(t)
+            own = zip(self.weight.split(self.sizes), self.bias.split(self.sizes), strict=True)
+            parts = [nn.functional.linear(features, weight, bias) for weight, bias in own]
+        else:
+            vector = self.vector(t) if given is None else self.vector(t) + given
+            parts = vector.split(self.sizes, -1)
         layers = self.hidden_layers
         return parts[:layers], parts[layers:-1], parts[-1]
 

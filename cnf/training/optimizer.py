@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from cnf.training import soap
+
 
 class Optimizer(Protocol):
     """Makes a torch optimizer over parameters."""
@@ -43,6 +45,16 @@ class SGD:
         return torch.optim.SGD(
             _groups(parameters, self.weight_decay), lr=lr, momentum=self.momentum
         )
+
+
+@dataclass(frozen=True)
+class SOAP:
+    """Adam in the eigenbases of the gradients of matrices, see `cnf.training.soap`."""
+
+    betas: tuple[float, float] = (0.9, 0.99)
+
+    def over(self, parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        return soap.SOAP(parameters, lr, self.betas)
 
 
 def _groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

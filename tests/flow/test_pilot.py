@@ -36,7 +36,7 @@ def fitted(flow: cnf.Flow, steps: int = 200, **settings) -> list[Progress]:
 def test_a_first_fit_tries_every_candidate_within_its_budget():
     flow = cnf.Flow(2, seed=0)
     assert flow.open_shape == (True, True) and flow.shape == Shape((16, 16), (0.5, 6.0))
-    phases = [record.phase for record in fitted(flow)]
+    phases = [record.phase for record in fitted(flow, method="fm")]
     trials = [record for record in fitted(cnf.Flow(2, seed=0)) if record.phase == "pilot"]
     assert len(phases) == 200 and phases.count("pilot") == 24  # 12 %, six candidates
     assert sum(record.validation is not None for record in trials) == 6

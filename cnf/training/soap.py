@@ -1,0 +1,101 @@
+"""Adam in the eigenbases of the gradients: far fewer steps where a matrix is badly conditioned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+LARGEST = 256  # side of a matrix that is turned: what a basis costs grows with its cube
+MEMORY = 0.95  # of the gradients' second moments, from which the bases come
+INTERVAL = 10  # steps from one refinement of the bases to the next
+
+
+class SOAP(Optimizer):
+    """Adam on the gradients G of matrices, turned into the eigenbases of E[G Gᵀ] and E[Gᵀ G].
+
+    The bases begin as the identity and follow by a step of orthogonal iteration every INTERVAL
+    steps.  A side above LARGEST is not turned, and vectors and kernels are not at all: these are
+    stepped as by Adam.
+    Source: Vyas et al. 2024, algorithm 3.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore
+        """One step; returns what the closure does, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step(parameter, parameter.grad, group)
+        return loss
+
+    def _step(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state.update(_begun(parameter))
+        state["step"] += 1
+        count, (first, second) = state["step"], group["betas"]
+        mean = state["mean"].lerp_(gradient, 1 - first)
+        square = state["square"].lerp_(_turned(gradient, state).square(), 1 - second)
+        scale = (square / (1 - second**count)).sqrt_().add_(group["eps"])
+        turned = _turned(mean, state) / scale
+        lr = group["lr"] / (1 - first**count)
+        parameter.add_(_turned(turned, state, back=True), alpha=-lr)
+        if "rows" in state:
+            state["row_moment"].lerp_(gradient @ gradient.T, 1 - MEMORY)
+        if "columns" in state:
+            state["column_moment"].lerp_(gradient.T @ gradient, 1 - MEMORY)
+        if count % INTERVAL == 0:
+            _refine(state)
+
+
+def _begun(parameter: Tensor) -> dict[str, Any]:
+    """A parameter's state before its first step: moments of zero, bases of the identity."""
+    state: dict[str, Any] = {"step": 0}
+    state |= {name: torch.zeros_like(parameter) for name in ("mean", "square")}
+    if parameter.ndim != 2:
+        return state
+    for size, basis, moment in zip(parameter.shape, *_SIDES, strict=True):
+        if 1 < size <= LARGEST:
+            state[basis] = torch.eye(size, dtype=parameter.dtype, device=parameter.device)
+            state[moment] = torch.zeros_like(state[basis])
+    return state
+
+
+_SIDES = (("rows", "columns"), ("row_moment", "column_moment"))
+
+
+def _turned(matrix: Tensor, state: dict[str, Any], *, back: bool = False) -> Tensor:
+    """The matrix in the bases of its sides, or out of them."""
+    rows, columns = (state.get(side) for side in _SIDES[0])
+    if rows is not None:
+        matrix = (rows if back else rows.T) @ matrix
+    if columns is not None:
+        matrix = matrix @ (columns.T if back else columns)
+    return matrix
+
+
+def _refine(state: dict[str, Any]) -> None:
+    """One orthogonal iteration of each basis, its columns in the order of their eigenvalues."""
+    for axis, (basis, moment) in enumerate(zip(*_SIDES, strict=True)):
+        if basis in state:
+            power = state[moment] @ state[basis]
+            order = (state[basis] * power).sum(0).argsort(descending=True)
+            state["square"] = state["square"].index_select(axis, order)
+            state[basis] = torch.linalg.qr(power[:, order]).Q
