@@ -346,11 +346,12 @@ class Flow(Transport):
         method: "fm" (flow matching), "ml" (maximum likelihood), or "auto": the first as a warm
         start, then the second.  What is open of the default field is chosen first, by short trials
         that are judged on the validation rows.  seconds or steps: the budget, by default 50
-        seconds; validation: a share of the rows, or rows of their own (with a context a pair of
-        both), on which the best weights are chosen; sample_weight: (rows,), from 0 up, how much
-        each row counts, such as how often it was seen; regularizer: what maximum likelihood adds to
-        its loss; coupling: of noise and data in flow matching; callback: is given a Progress record
-        after every step; progress: a bar on stderr.
+        seconds; lr: the largest learning rate, by default 0.012 of flow matching (by SOAP) and
+        0.002 of maximum likelihood (by Adam); validation: a share of the rows, or rows of their own
+        (with a context a pair of both), on which the best weights are chosen; sample_weight:
+        (rows,), from 0 up, how much each row counts, such as how often it was seen; regularizer:
+        what maximum likelihood adds to its loss; coupling: of noise and data in flow matching;
+        callback: is given a Progress record after every step; progress: a bar on stderr.
         snapshot: a file that keeps where the fit stands, written every minute, on Ctrl-C and
         SIGTERM, and at the end; where it exists already, the fit goes on from there, or returns at
         once if it had ended.

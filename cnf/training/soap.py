@@ -12,14 +12,15 @@ from torch.optim import Optimizer
 LARGEST = 256  # side of a matrix that is turned: what a basis costs grows with its cube
 MEMORY = 0.95  # of the gradients' second moments, from which the bases come
 INTERVAL = 10  # steps from one refinement of the bases to the next
+SIDES = ("rows", "columns")  # of a matrix; a state has a basis and a moment for each that is turned
 
 
 class SOAP(Optimizer):
     """Adam on the gradients G of matrices, turned into the eigenbases of E[G Gᵀ] and E[Gᵀ G].
 
     The bases begin as the identity and follow by a step of orthogonal iteration every INTERVAL
-    steps.  A side above LARGEST is not turned, and vectors and kernels are not at all: these are
-    stepped as by Adam.
+    steps.  A side above LARGEST is not turned; vectors, kernels and numbers of half precision are
+    not at all, and stepped as by Adam.
     Source: Vyas et al. 2024, algorithm 3.
     """
 
@@ -57,10 +58,10 @@ class SOAP(Optimizer):
         turned = _turned(mean, state) / scale
         lr = group["lr"] / (1 - first**count)
         parameter.add_(_turned(turned, state, back=True), alpha=-lr)
-        if "rows" in state:
-            state["row_moment"].lerp_(gradient @ gradient.T, 1 - MEMORY)
-        if "columns" in state:
-            state["column_moment"].lerp_(gradient.T @ gradient, 1 - MEMORY)
+        for axis, side in enumerate(SIDES):
+            if side in state:
+                along = gradient.transpose(0, axis)
+                state[f"{side}_moment"].lerp_(along @ along.T, 1 - MEMORY)
         if count % INTERVAL == 0:
             _refine(state)
 
@@ -69,21 +70,18 @@ def _begun(parameter: Tensor) -> dict[str, Any]:
     """A parameter's state before its first step: moments of zero, bases of the identity."""
     state: dict[str, Any] = {"step": 0}
     state |= {name: torch.zeros_like(parameter) for name in ("mean", "square")}
-    if parameter.ndim != 2:
+    if parameter.ndim != 2 or parameter.dtype not in (torch.float32, torch.float64):
         return state
-    for size, basis, moment in zip(parameter.shape, *_SIDES, strict=True):
+    for size, side in zip(parameter.shape, SIDES, strict=True):
         if 1 < size <= LARGEST:
-            state[basis] = torch.eye(size, dtype=parameter.dtype, device=parameter.device)
-            state[moment] = torch.zeros_like(state[basis])
+            state[side] = torch.eye(size, dtype=parameter.dtype, device=parameter.device)
+            state[f"{side}_moment"] = torch.zeros_like(state[side])
     return state
-
-
-_SIDES = (("rows", "columns"), ("row_moment", "column_moment"))
 
 
 def _turned(matrix: Tensor, state: dict[str, Any], *, back: bool = False) -> Tensor:
     """The matrix in the bases of its sides, or out of them."""
-    rows, columns = (state.get(side) for side in _SIDES[0])
+    rows, columns = map(state.get, SIDES)
     if rows is not None:
         matrix = (rows if back else rows.T) @ matrix
     if columns is not None:
@@ -93,9 +91,10 @@ def _turned(matrix: Tensor, state: dict[str, Any], *, back: bool = False) -> Ten
 
 def _refine(state: dict[str, Any]) -> None:
     """One orthogonal iteration of each basis, its columns in the order of their eigenvalues."""
-    for axis, (basis, moment) in enumerate(zip(*_SIDES, strict=True)):
-        if basis in state:
-            power = state[moment] @ state[basis]
-            order = (state[basis] * power).sum(0).argsort(descending=True)
+    for axis, side in enumerate(SIDES):
+        if side in state:
+            basis = state[side]
+            power = state[f"{side}_moment"] @ basis
+            order = (basis * power).sum(0).argsort(descending=True)
             state["square"] = state["square"].index_select(axis, order)
-            state[basis] = torch.linalg.qr(power[:, order]).Q
+            state[side] = torch.linalg.qr(power[:, order]).Q

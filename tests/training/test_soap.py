@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from cnf.training.soap import INTERVAL, LARGEST, SOAP
+from cnf.training.soap import INTERVAL, LARGEST, SIDES, SOAP
 
 
 def stepped(optimizer, parameters, gradients):
@@ -36,6 +36,12 @@ def test_what_is_not_turned_is_stepped_as_by_adam(shape):
     assert torch.allclose(found[0], wanted[0], atol=1e-12)
 
 
+def test_half_precision_is_stepped_too():
+    weight = nn.Parameter(torch.ones(3, 3, dtype=torch.bfloat16))
+    found = stepped(SOAP([weight], 0.1), [weight], [[torch.ones_like(weight)]] * (INTERVAL + 1))
+    assert (found[0] < 1).all()
+
+
 def test_a_side_that_is_too_long_is_left_and_the_other_turned():
     weight = nn.Parameter(torch.zeros(LARGEST + 1, 3))
     optimizer = SOAP([weight])
@@ -54,14 +60,14 @@ def test_bases_are_the_eigenvectors_of_the_gradients_moments(dtype):
     gradients = [[left @ (scale * torch.randn(6, 4, dtype=dtype)) @ right.T] for _ in range(400)]
     stepped(optimizer, [weight], gradients)
     state = optimizer.state[weight]
-    for basis, moment in (("rows", "row_moment"), ("columns", "column_moment")):
-        turned = state[basis].T @ state[moment] @ state[basis]
+    for side in SIDES:
+        basis = state[side]
+        turned = basis.T @ state[f"{side}_moment"] @ basis
         size = turned.diagonal().rsqrt()
         away = size[:, None] * turned * size - torch.eye(len(turned), dtype=dtype)
         assert away.abs().max() < 0.5  # it lags by up to INTERVAL steps
         assert turned.diagonal().diff().max() < 0  # in the order of the eigenvalues
-        assert torch.allclose(state[basis].T @ state[basis], torch.eye(len(turned)).to(dtype),
-                              atol=1e-5)  # fmt: skip
+        assert torch.allclose(basis.T @ basis, torch.eye(len(turned), dtype=dtype), atol=1e-5)
 
 
 def error_of_regression(kind, size=32, steps=500):
