@@ -139,24 +139,22 @@ def _plans(flow: Any, method: str, budget: Budget) -> list[Plan]:
     if method not in ("auto", "fm", "ml"):
         raise InputError(f"unknown method {method!r}; known are auto, fm, ml")
     seconds, steps, lr = budget.or_default()
-    whole = Plan("fm", steps, seconds, lr or LEARNING_RATE["fm"], optimizer=OPTIMIZER["fm"])
+    whole = _phase(Plan("fm", steps, seconds), "fm", lr)
     phases = _phases(flow, method)[:steps]
     pilot = pilot_plan(flow, whole) if "fm" in phases else None
     if pilot is not None:
         left = None if steps is None else steps - (pilot.steps or 0)
         whole = replace(whole, steps=left, seconds=(seconds or 0.0) - (pilot.seconds or 0.0))
     plans = [
-        replace(
-            part,
-            phase=phase,
-            lr=lr or LEARNING_RATE[phase],
-            optimizer=OPTIMIZER[phase],
-            patience=8,
-            validations=12,
-        )
+        replace(_phase(part, phase, lr), patience=8, validations=12)
         for part, phase in zip(shares(whole, len(phases)), phases, strict=True)
     ]
     return plans if pilot is None else [pilot, *plans]
+
+
+def _phase(plan: Plan, phase: str, lr: float | None) -> Plan:
+    """The plan with what a phase steps by, and its own rate where none is given."""
+    return replace(plan, phase=phase, lr=lr or LEARNING_RATE[phase], optimizer=OPTIMIZER[phase])
 
 
 class Budget(NamedTuple):

@@ -34,7 +34,7 @@ class SOAP(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step; returns what the closure does, if there is one."""
         loss = None
         if closure is not None:
@@ -45,6 +45,12 @@ class SOAP(Optimizer):
                 if parameter.grad is not None:
                     self._step(parameter, parameter.grad, group)
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there; raises ValueError for the state of another optimizer."""
+        if any("mean" not in state for state in state_dict["state"].values()):
+            raise ValueError("the state is that of another optimizer, not of SOAP")
+        super().load_state_dict(state_dict)
 
     def _step(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]

@@ -1,4 +1,4 @@
-"""SOAP: Adam where nothing is turned, the same in any basis where everything is, and put down."""
+"""SOAP: Adam where nothing is turned, less of an error where axes are, and put down."""
 
 from __future__ import annotations
 
@@ -119,6 +119,14 @@ def test_it_goes_on_from_its_state():
     other.load_state_dict(kept)
     for found, value in zip(stepped(other, again, gradients[13:]), wanted, strict=True):
         assert torch.equal(found, value)
+
+
+def test_the_state_of_another_optimizer_is_refused():
+    weight = nn.Parameter(torch.ones(3, 3))
+    adam = torch.optim.Adam([weight])
+    stepped(adam, [weight], [[torch.ones(3, 3)]])
+    with pytest.raises(ValueError, match="another optimizer"):
+        SOAP([weight]).load_state_dict(adam.state_dict())
 
 
 def test_a_closure_is_called_once_with_gradients():
